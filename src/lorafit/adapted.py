@@ -1,0 +1,163 @@
+"""Adapting a module in place: its class becomes a generated subclass of itself that consults a bank of adapters.
+
+The module stays the object it was: its parameters, the base keys of its `state_dict`, `isinstance`, tied weights and
+hooks are untouched. Generated classes are cached per base class, and pickle and deep-copy by rebuilding from that base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from lorafit.layers import Acting, Site, site_class
+from lorafit.method import Adapter
+
+BANK = "adapters"
+ModuleClass: TypeAlias = type[nn.Module]
+Generator: TypeAlias = Callable[..., ModuleClass]
+
+
+class Bank(nn.ModuleDict):
+    """The adapters of one module by name, and which of them act.
+
+    `acting` names the active adapters that are not merged into the weight; a tuple, so that a compiled model has one
+    graph for each set of acting adapters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.acting: tuple[str, ...] = ()
+
+    def set(self, *, active: tuple[str, ...] | None = None, merged: tuple[str, ...] | None = None) -> None:
+        """Changes what is active or merged; names that this bank does not hold are left out."""
+        if active is not None:
+            self.active = tuple(name for name in active if name in self)
+        if merged is not None:
+            self.merged = merged
+        self.acting = tuple(name for name in self.active if name not in self.merged)
+
+    def updates(self, site: Site) -> list[Acting]:
+        """What the acting adapters say of the site's weight now."""
+        updates = []
+        for name in self.acting:
+            adapter = self[name]
+            assert isinstance(adapter, Adapter)
+            dropout = adapter.dropout if adapter.training else 0.0
+            updates.append(Acting(adapter.update(site.weight), dropout))
+        return updates
+
+
+@cache
+def adapted(base: ModuleClass) -> ModuleClass:
+    """The subclass of `base`, a known layer type, whose forward adds what its acting adapters say."""
+    kind = site_class(base)
+    assert kind is not None, base
+
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name for it)
+        bank = self.adapters
+        if not bank.acting:
+            result: Tensor = base.forward(self, input)
+            return result
+        site = kind(self)
+        return site.forward(input, base.forward, bank.updates(site))
+
+    return _generate("Adapted", base, forward, adapted)
+
+
+@cache
+def replaced(base: ModuleClass) -> ModuleClass:
+    """The subclass of `base`, any module type, that hands its input to its acting trained copy, where it has one."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bank = self.adapters
+        if not bank.acting:
+            return base.forward(self, *args, **kwargs)
+        return bank[bank.acting[0]](*args, **kwargs)
+
+    return _generate("Replaced", base, forward, replaced)
+
+
+def _generate(label: str, base: ModuleClass, forward: Callable[..., Any], make: Generator) -> ModuleClass:
+    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # A generated class cannot be imported by name: rebuild it from its base instead.
+        state = base.__reduce_ex__(self, protocol)
+        assert isinstance(state, tuple)
+        return (_revive, (make, base), *state[2:])
+
+    name = f"{label}[{base.__name__}]"
+    namespace = {
+        "forward": forward,
+        "__reduce_ex__": reduce_ex,
+        "__module__": base.__module__,
+        "__qualname__": name,
+        "__doc__": f"`{base.__qualname__}`, {label.lower()} in place.",
+        "_lorafit_base": base,
+    }
+    return type(name, (base,), namespace)
+
+
+def _revive(make: Generator, base: ModuleClass) -> nn.Module:
+    kind = make(base)
+    return kind.__new__(kind)
+
+
+def plain_class(module: nn.Module) -> ModuleClass:
+    """The module's class without what this library made of it."""
+    base = vars(type(module)).get("_lorafit_base")
+    return type(module) if base is None else base
+
+
+def bank_of(module: nn.Module) -> Bank | None:
+    """The module's bank, or None for a module that is not adapted."""
+    bank = module._modules.get(BANK)
+    return bank if isinstance(bank, Bank) else None
+
+
+def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> None:
+    """Puts `entry` into the module's bank under `name`, adapting the module if it was plain."""
+    bank = bank_of(module)
+    if bank is None:
+        bank = Bank()
+        bank.train(module.training)
+        module.add_module(BANK, bank)
+        module.__class__ = make(type(module))
+    entry.train(module.training)
+    bank[name] = entry
+
+
+def uninstall(module: nn.Module, name: str) -> None:
+    """Takes `name` out of the module's bank; a module whose bank is empty becomes the plain module it was."""
+    bank = bank_of(module)
+    assert bank is not None
+    del bank[name]
+    bank.set(active=bank.active, merged=tuple(other for other in bank.merged if other != name))
+    if not bank:
+        module.__class__ = plain_class(module)
+        del module._modules[BANK]
+
+
+def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """(path, module, parent) for every module of the model itself, adapters left out; shared modules once per path."""
+    yield from _walk(model, path, None)
+
+
+def _walk(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    yield path, module, parent
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, Bank):
+            yield from _walk(child, f"{path}.{name}" if path else name, module)
+
+
+def banks(model: nn.Module) -> Iterator[Bank]:
+    """Every bank of the model, once."""
+    seen: set[int] = set()
+    for _, module, _ in walk(model):
+        bank = bank_of(module)
+        if bank is not None and id(bank) not in seen:
+            seen.add(id(bank))
+            yield bank

@@ -1,0 +1,445 @@
+"""The `Handle`: one adapter on a model, what is trained, where it sits, and what can be done with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafit import merging, store
+from lorafit.adapted import bank_of, banks, uninstall, walk
+from lorafit.errors import MergeError, StateError, TrainingError, nearest, some
+from lorafit.hooks import StepHooks
+from lorafit.layers import Shape, Site
+from lorafit.method import Adapter, Method
+from lorafit.peft_layout import Description, Placed
+from lorafit.plan import Modules, Planned
+
+LEDGER = "_lorafit"
+AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
+
+
+class Ledger:
+    """What a model remembers of its adapters: their names in order, and which of its parameters were trainable."""
+
+    def __init__(self, trainable: Sequence[str]) -> None:
+        self.trainable = tuple(trainable)
+        self.names: tuple[str, ...] = ()
+
+
+class Handle:
+    """One adapter on a model: what is trained, where it sits, and what can be done with it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        method: Method,
+        planned: Sequence[Planned],
+        saved: Mapping[str, nn.Module],
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.method = method
+        self._sites = {site.path: site.site for site in planned}
+        self._methods = {site.path: site.method for site in planned}
+        self._saved = dict(saved)
+        self._folded: list[merging.Folded] | None = None
+        self._bound: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.schedule = method.schedule([self._adapter(site) for site in self._sites.values()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An optimizer's hooks belong to the process that registered them.
+        return {**self.__dict__, "_bound": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _bound=weakref.WeakSet())
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.name!r}: {self.summary()}>"
+
+    # What it is
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Module path → site, in model order."""
+        return MappingProxyType(self._sites)
+
+    @property
+    def saved(self) -> Mapping[str, nn.Module]:
+        """Module path → module of which this adapter trains a full copy."""
+        return MappingProxyType(self._saved)
+
+    @property
+    def copies(self) -> Mapping[str, nn.Module]:
+        """Module path → the full copy that this adapter trains in the module's place."""
+        return MappingProxyType({path: entry for path, entry in self._entries() if path in self._saved})
+
+    def method_at(self, path: str) -> Method:
+        """The method as it is at one site: with the rank and alpha that a pattern gave it there."""
+        self.adapter(path)
+        return self._methods[path]
+
+    def adapter(self, path: str) -> Adapter:
+        """The adapter at one site. Raises `StateError` for a path that is no site."""
+        if path not in self._sites:
+            raise StateError(
+                "no such site",
+                found=repr(path),
+                expected=f"one of {len(self._sites)} sites",
+                near=nearest(path, self._sites),
+                fix="see handle.sites",
+            )
+        return self._adapter(self._sites[path])
+
+    def _adapter(self, site: Site) -> Adapter:
+        bank = bank_of(site.module)
+        if bank is None or self.name not in bank:
+            raise StateError(
+                f"adapter {self.name!r} is not attached any more",
+                expected="an attached adapter",
+                fix="attach it again",
+            )
+        adapter = bank[self.name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def _entries(self) -> Iterator[tuple[str, nn.Module]]:
+        for path, site in self._sites.items():
+            yield path, self._adapter(site)
+        for path, module in self._saved.items():
+            bank = bank_of(module)
+            assert bank is not None
+            yield path, bank[self.name]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("module path.tensor", parameter) for everything this adapter trains, shared tensors once."""
+        seen: set[int] = set()
+        for path, entry in self._entries():
+            for key, parameter in entry.named_parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{key}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything this adapter trains."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers this adapter trains: the method's formula, plus the modules saved in full."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_total(self) -> int:
+        """How many numbers the base model has, shared tensors once."""
+        own = {id(p): p.numel() for _, m, _ in walk(self.model) for p in m._parameters.values() if p is not None}
+        return sum(own.values())
+
+    def shapes(self) -> list[Shape]:
+        """The matrix shape of every site, in model order."""
+        return [site.shape for site in self._sites.values()]
+
+    def summary(self) -> str:
+        """One line: method, resolved settings, sites, trained share."""
+        settings = ", ".join(f"{key} {_short(value)}" for key, value in self.method.settings().items())
+        kinds = Counter(site.kind for site in self._sites.values())
+        where = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        saved = f", {len(self._saved)} modules trained in full" if self._saved else ""
+        share = self.num_trainable / max(1, self.num_total)
+        return (
+            f"{self.method.name} ({settings}) on {where}{saved}: "
+            f"{self.num_trainable:,} of {self.num_total:,} numbers trained ({share:.2%})"
+        )
+
+    # Which adapters act
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the model's adapters that act now, in the order of attaching."""
+        names = {name for bank in banks(self.model) for name in bank.active}
+        return tuple(name for name in self._ledger().names if name in names)
+
+    def activate(self, names: str | Sequence[str] | None) -> None:
+        """Chooses which of the model's adapters act from now on; several add up; None leaves the base model.
+
+        Raises:
+            StateError: a name that is not attached, or two adapters that both replace one module in full.
+        """
+        chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+        known = self._ledger().names
+        for name in chosen:
+            if name not in known:
+                raise StateError(
+                    "no adapter of this name is attached",
+                    found=repr(name),
+                    expected=f"names among {some(known)}",
+                    near=nearest(str(name), known),
+                    fix="attach or load it first",
+                )
+        for path, module, _ in walk(self.model):
+            bank = bank_of(module)
+            if bank is None or isinstance(next(iter(bank.values())), Adapter):
+                continue
+            both = [name for name in chosen if name in bank]
+            if len(both) > 1:
+                raise StateError(
+                    "two adapters replace the same module in full and cannot act together",
+                    where=path,
+                    found=some(both),
+                    expected="one of them",
+                    fix=f"activate({both[0]!r})",
+                )
+        for bank in banks(self.model):
+            bank.set(active=chosen)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model gives the base model's exact outputs, even if this adapter is merged."""
+        before = self.active
+        merged = None
+        if self._folded is not None:
+            merged = [(row, getattr(row.module, row.attribute).detach().clone()) for row in self._folded]
+            self._restore()
+        self.activate(None)
+        try:
+            yield
+        finally:
+            if merged is not None:
+                with torch.no_grad():
+                    self._folded = merging.refold(merged)
+                self._mark((self.name,))
+            self.activate(before)
+
+    # Training
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The method's optimizer parameter groups at base learning rate `lr`.
+
+        Raises:
+            StateError: the adapter was loaded for inference, is merged or gone.
+        """
+        self._check_sites("train")
+        named = list(self.named_parameters())
+        if not named:
+            raise StateError(
+                f"adapter {self.name!r} has nothing to train",
+                found="an adapter that was loaded for inference",
+                expected="a trainable one",
+                fix="load(model, path, trainable=True)",
+            )
+        if self._folded is not None:
+            raise StateError(f"adapter {self.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
+        return self.method.param_groups(named, lr)
+
+    def optimizer(self, kind: type[AnyOptimizer], lr: float, **options: Any) -> AnyOptimizer:
+        """An optimizer of class `kind` over this adapter's parameter groups, with its step hooks installed."""
+        return self.bind(kind(self.param_groups(lr), **options))
+
+    def bind(self, optimizer: AnyOptimizer, *, allow_unused: bool = False) -> AnyOptimizer:
+        """Installs what the method does around the step in an optimizer made elsewhere; twice is once.
+
+        Args:
+            optimizer: holds this adapter's parameters.
+            allow_unused: do not raise for sites without a gradient at the first step (experts that no token reached).
+
+        Raises:
+            TrainingError: now, if the optimizer lacks parameters of the adapter; at its first step, if a site got no
+                gradient.
+        """
+        if optimizer in self._bound:
+            return optimizer
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [key for key, parameter in self.named_parameters() if id(parameter) not in held]
+        if missing:
+            raise TrainingError(
+                "the optimizer does not hold this adapter's parameters",
+                found=f"{len(missing)} missing: {some(missing, 3)}",
+                expected="all parameters of the adapter",
+                fix="make it after attach, from handle.param_groups(lr=...)",
+            )
+        StepHooks(lambda: self._check_first_step(allow_unused), self.schedule).install(optimizer)
+        self._bound.add(optimizer)
+        return optimizer
+
+    def _check_first_step(self, allow_unused: bool) -> None:
+        self._check_sites("train")
+        unused = [key for key, parameter in self.named_parameters() if parameter.grad is None]
+        if not unused or (allow_unused and len(unused) < len(self.parameters())):
+            return
+        if self.name not in self.active:
+            found, fix = f"adapter {self.name!r} is not active", f"handle.activate({self.name!r})"
+        elif self._folded is not None:
+            found, fix = f"adapter {self.name!r} is merged", "handle.unmerge()"
+        else:
+            found = f"{len(unused)} tensors: {some(unused, 3)}"
+            fix = (
+                "leave layers that the loss does not reach out with exclude=; under gradient checkpointing use "
+                "use_reentrant=False; bind(optimizer, allow_unused=True) if some layers rightly see no data"
+            )
+        raise TrainingError(
+            "the first step has come, and adapters got no gradient",
+            found=found,
+            expected="a gradient for every trained tensor",
+            fix=fix,
+        )
+
+    def _check_sites(self, doing: str) -> None:
+        """Notices modules that were replaced after attach, as `resize_token_embeddings` does."""
+        for path, module in [
+            *((path, site.module) for path, site in self._sites.items()),
+            *self._saved.items(),
+        ]:
+            try:
+                now: nn.Module | None = self.model.get_submodule(path)
+            except AttributeError:
+                now = None
+            bank = bank_of(module)
+            if now is not module or bank is None or self.name not in bank:
+                raise StateError(
+                    f"a layer was replaced after the adapter was attached; cannot {doing}",
+                    where=path,
+                    found="another module, without the adapter" if bank is not None else "no adapter",
+                    expected="the module that was adapted",
+                    fix="resize, convert or replace layers first, then attach",
+                )
+
+    # Merging
+
+    @property
+    def merged(self) -> bool:
+        """Whether this adapter is folded into the weights now."""
+        return self._folded is not None
+
+    def delta(self, site: str | Site) -> Tensor:
+        """W' − W of one site, dense, in the base weight's own shape, in at least single precision."""
+        if isinstance(site, str):
+            self.adapter(site)
+            site = self._sites[site]
+        if self._folded is not None:
+            with self.disabled():
+                return merging.change(site, self._adapter(site))
+        return merging.change(site, self._adapter(site))
+
+    def merge(self, *, untie: bool = False) -> None:
+        """Folds the adapter into the weights, for inference at the base model's cost; `unmerge` undoes it exactly.
+
+        The originals of the changed weights are kept in memory; `merge_and_detach` keeps none.
+
+        Args:
+            untie: give a weight that another layer shares a copy of its own instead of refusing.
+
+        Raises:
+            MergeError: a shared weight, a value that would not be finite, or another adapter merged here already.
+        """
+        self._fold(untie=untie, keep=True)
+
+    def _fold(self, *, untie: bool, keep: bool) -> None:
+        self._check_sites("merge")
+        for bank in banks(self.model):
+            if bank.merged:
+                raise MergeError(
+                    f"adapter {bank.merged[0]!r} is merged already",
+                    expected="unmerged weights",
+                    fix="unmerge it first, or use merge_and_detach() for the first of two",
+                )
+        self._folded = merging.fold(self.model, self._sites, self._saved, self.name, untie=untie, keep=keep)
+        self._mark((self.name,))
+
+    def unmerge(self) -> None:
+        """Puts the original weights back, bit for bit. Raises `StateError` if the adapter is not merged."""
+        if self._folded is None:
+            raise StateError(f"adapter {self.name!r} is not merged", fix="merge it first")
+        self._restore()
+
+    def _restore(self) -> None:
+        assert self._folded is not None
+        for row in reversed(self._folded):
+            row.undo()
+        self._folded = None
+        self._mark(())
+
+    def _mark(self, merged: tuple[str, ...]) -> None:
+        for module in [*(site.module for site in self._sites.values()), *self._saved.values()]:
+            bank = bank_of(module)
+            assert bank is not None
+            bank.set(merged=merged)
+
+    def detach(self) -> None:
+        """Takes the adapter out; after the last one the model is bit for bit what it was before `attach`."""
+        if self._folded is not None:
+            self._restore()
+        ledger = self._ledger()
+        for path, module in [
+            *((path, site.module) for path, site in self._sites.items()),
+            *self._saved.items(),
+        ]:
+            bank = bank_of(module)
+            if bank is None or self.name not in bank:
+                raise StateError(f"adapter {self.name!r} is not attached any more", where=path)
+            uninstall(module, self.name)
+        ledger.names = tuple(name for name in ledger.names if name != self.name)
+        if not ledger.names:
+            own = dict(self.model.named_parameters())
+            for key in ledger.trainable:
+                if key in own:
+                    own[key].requires_grad_(True)
+            delattr(self.model, LEDGER)
+
+    def merge_and_detach(self, *, untie: bool = False) -> None:
+        """Makes the model a plain one with the adapter folded in, for good; keeps no originals. Raises like `merge`."""
+        if self._folded is None:
+            self._fold(untie=untie, keep=False)
+        self._folded = None
+        self._mark(())
+        self.detach()
+
+    # Files
+
+    def save(self, path: str | Path, *, base_model: str | None = None, task_type: str | None = None) -> Path:
+        """Writes the adapter in PEFT's layout: adapter_config.json, adapter_model.safetensors, README.md.
+
+        Args:
+            path: a folder; an adapter whose name is not "default" goes into its sub-folder of that name, as PEFT's do.
+            base_model: name or path of the base model, for those who load it.
+            task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS".
+
+        Returns:
+            The folder that was written. A kill at any moment leaves the old adapter there or the new one.
+
+        Raises:
+            CheckpointError: the files cannot be written; what was there before is untouched.
+            StateError: a layer was replaced after attaching.
+        """
+        self._check_sites("save")
+        folder = Path(path) if self.name == "default" else Path(path) / self.name
+        description = Description(
+            method=self.method,
+            sites={
+                site_path: Placed(site, self._adapter(site), self._methods[site_path])
+                for site_path, site in self._sites.items()
+            },
+            copies=self.copies,
+            modules=list(Modules.of(self.model).aliases),
+            base_model=base_model,
+            task_type=task_type,
+        )
+        store.write(folder, description)
+        return folder
+
+    def _ledger(self) -> Ledger:
+        ledger = vars(self.model).get(LEDGER)
+        if not isinstance(ledger, Ledger) or self.name not in ledger.names:
+            raise StateError(f"adapter {self.name!r} is not attached any more", fix="attach it again")
+        return ledger
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,139 @@
+"""Attaching adapters to a model in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lorafit.adapted import adapted, install, replaced
+from lorafit.errors import ConfigError, some
+from lorafit.handle import LEDGER, Handle, Ledger
+from lorafit.layers import Site
+from lorafit.method import Adapter, Method
+from lorafit.plan import Modules, Planned, check_model, choose, plan, saved_paths
+from lorafit.targets import ALL_LINEAR, Targets
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    targets: Targets = ALL_LINEAR,
+    *,
+    exclude: Targets = (),
+    name: str = "default",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
+    seed: int | None = None,
+) -> Handle:
+    """Adapts layers of `model` in place and freezes everything else; the new adapter alone is active.
+
+    Args:
+        model: any PyTorch model on any device; not yet sharded, wrapped or compiled.
+        method: the method and its hyperparameters, such as ``LoRA(r=16)``.
+        targets: "all-linear" (every linear layer but the output layer), a regular expression for whole module paths, or
+            a list of path suffixes.
+        exclude: a regular expression or a list of suffixes to leave out.
+        name: the adapter's name; several adapters by different names may be attached.
+        rank_pattern: path pattern → rank, first match wins, as in PEFT.
+        alpha_pattern: path pattern → alpha.
+        modules_to_save: suffixes of modules of which a full copy is trained, such as a new classifier head.
+        seed: makes the initial values reproducible; None draws from torch's own generator.
+
+    Returns:
+        The handle of the new adapter. Adapter tensors are at least float32 and sit on their layer's device.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a layer cannot be adapted. The model is as it was.
+        ConfigError: a setting does not fit a layer. The model is as it was.
+    """
+    check_model(model)
+    check_name(model, method, name)
+    modules = Modules.of(model)
+    saved = saved_paths(modules, modules_to_save)
+    paths = choose(model, modules, targets, exclude, saved)
+    overlap = [path for path in paths if any(path == root or path.startswith(f"{root}.") for root in saved)]
+    if overlap:
+        raise ConfigError(
+            "a module is both adapted and saved in full",
+            where=overlap[0],
+            found="named by targets and by modules_to_save",
+            expected="one of the two",
+            fix=f"exclude=[{overlap[0]!r}]",
+        )
+    planned = plan(model, method, paths, modules, name=name, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    adapters = [_new_adapter(site, generator) for site in planned]
+    return install_all(model, method, planned, adapters, {path: modules.by_path[path] for path in saved}, name)
+
+
+def install_all(
+    model: nn.Module,
+    method: Method,
+    planned: Sequence[Planned],
+    adapters: Sequence[Adapter],
+    saved: Mapping[str, nn.Module],
+    name: str,
+    *,
+    trainable: bool = True,
+) -> Handle:
+    """Puts adapters that are ready into their sites; nothing in here can fail halfway."""
+    copies = {path: copy.deepcopy(module) for path, module in saved.items()}
+    ledger = vars(model).get(LEDGER)
+    if ledger is None:
+        own = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        ledger = Ledger(own)
+        model.requires_grad_(False)
+        setattr(model, LEDGER, ledger)
+    for site, adapter in zip(planned, adapters, strict=True):
+        adapter.requires_grad_(trainable)
+        install(site.site.module, name, adapter, adapted)
+    for path, module in saved.items():
+        copies[path].requires_grad_(trainable)
+        install(module, name, copies[path], replaced)
+    ledger.names = (*ledger.names, name)
+    handle = Handle(model, name, method, planned, saved)
+    handle.activate(name)
+    return handle
+
+
+def _new_adapter(planned: Planned, generator: torch.Generator | None) -> Adapter:
+    return place(planned.site, planned.method.adapter(planned.site.shape, generator=generator))
+
+
+def place(site: Site, adapter: Adapter) -> Adapter:
+    """Moves an adapter to its site's device, in the site's precision or float32, whichever is higher."""
+    weight = site.raw_weight
+    return adapter.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def check_name(model: nn.Module, method: object, name: str) -> None:
+    """Raises `ConfigError` for something that is no method, or a name that cannot be or is taken."""
+    if not isinstance(method, Method):
+        raise ConfigError(
+            "this is no method",
+            where="method",
+            found=repr(method),
+            expected="an instance of a method",
+            fix="attach(model, LoRA(r=16))",
+        )
+    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or name.startswith("-"):
+        raise ConfigError(
+            "this cannot be an adapter's name",
+            where="name",
+            found=repr(name),
+            expected="a name that can be a folder's: not empty, without dots and slashes",
+            fix='name="default"',
+        )
+    ledger = vars(model).get(LEDGER)
+    if ledger is not None and name in ledger.names:
+        raise ConfigError(
+            "the model has an adapter of this name already",
+            where="name",
+            found=repr(name),
+            expected=f"a name other than {some(ledger.names)}",
+            fix=f"name={name + '2'!r}, or detach the other one first",
+        )

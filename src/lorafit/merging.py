@@ -1,0 +1,187 @@
+"""Folding updates into weights, exactly undoable, and never into a weight that another layer shares unasked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapted import bank_of, walk
+from lorafit.errors import MergeError, some
+from lorafit.layers import Site
+from lorafit.method import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """One changed tensor of a module, and what it was."""
+
+    module: nn.Module
+    attribute: str
+    tensor: Tensor
+    original: Tensor
+    untied: bool
+
+    def undo(self) -> None:
+        """Puts the original back, bit for bit."""
+        if self.untied:
+            setattr(self.module, self.attribute, self.tensor)
+        else:
+            with torch.no_grad():
+                self.tensor.copy_(self.original)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One tensor that a merge changes, and how to compute what it becomes."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    tensor: Tensor
+    value: Callable[[], Tensor]
+
+
+def change(site: Site, adapter: Adapter) -> Tensor:
+    """W' − W of one site in its weight's own shape, in at least single precision."""
+    with torch.no_grad():
+        return site.unfold(adapter.update(site.weight).change(site.weight()))
+
+
+def fold(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    copies: Mapping[str, nn.Module],
+    name: str,
+    *,
+    untie: bool,
+    keep: bool,
+) -> list[Folded]:
+    """Folds adapter `name` into the weights of its sites and its trained copies into the modules they stand for.
+
+    All new values are computed and checked once before the first weight changes.
+
+    Args:
+        model: the model, for finding weights that are shared.
+        sites: module path → site.
+        copies: module path → module with a trained copy.
+        name: the adapter.
+        untie: give a shared weight a copy of its own instead of refusing.
+        keep: keep what is needed to undo; without it the list returned is empty.
+
+    Raises:
+        MergeError: a shared weight, or values that are not finite in the weight's own precision.
+    """
+    rows = [*_site_rows(sites, name), *_copy_rows(copies, name)]
+    shared = _shared(model, rows)
+    if shared and not untie:
+        path = next(iter(shared))
+        raise MergeError(
+            "merging would change another layer, which shares this weight",
+            where=path,
+            found=f"shared with {some(shared[path])}",
+            expected="weights of their own for merged layers",
+            fix="merge(untie=True) gives the merged layer a copy of its own",
+        )
+    with torch.no_grad():
+        for row in rows:
+            _check_finite(row.name, row.value())
+        folded: list[Folded] = []
+        for row in rows:
+            untied = row.name in shared
+            value = row.value()
+            if keep:
+                folded.append(Folded(row.module, row.attribute, row.tensor, row.tensor.detach().clone(), untied))
+            if untied:
+                parameter = nn.Parameter(value.clone(), requires_grad=row.tensor.requires_grad)
+                setattr(row.module, row.attribute, parameter)
+            else:
+                row.tensor.copy_(value)
+    return folded
+
+
+def refold(merged: Sequence[tuple[Folded, Tensor]]) -> list[Folded]:
+    """Puts merged values back that were undone for a while, bit for bit."""
+    for row, value in merged:
+        if row.untied:
+            setattr(row.module, row.attribute, nn.Parameter(value, requires_grad=row.tensor.requires_grad))
+        else:
+            row.tensor.copy_(value)
+    return [row for row, _ in merged]
+
+
+def _site_rows(sites: Mapping[str, Site], name: str) -> Iterator[_Row]:
+    for path, site in sites.items():
+        weight = site.raw_weight
+        attribute = next(key for key, value in site.module._parameters.items() if value is weight)
+        yield _Row(f"{path}.{attribute}", site.module, attribute, weight, partial(_merged_weight, site, name))
+
+
+def _copy_rows(copies: Mapping[str, nn.Module], name: str) -> Iterator[_Row]:
+    for path, module in copies.items():
+        bank = bank_of(module)
+        assert bank is not None
+        copy = bank[name]
+        for key, value in [*copy.named_parameters(), *copy.named_buffers()]:
+            prefix, _, attribute = key.rpartition(".")
+            owner = module.get_submodule(prefix)
+            tensor = getattr(owner, attribute)
+            yield _Row(f"{path}.{key}", owner, attribute, tensor, value.detach)
+
+
+def _merged_weight(site: Site, name: str) -> Tensor:
+    bank = bank_of(site.module)
+    assert bank is not None
+    adapter = bank[name]
+    assert isinstance(adapter, Adapter)
+    delta = change(site, adapter)
+    weight = site.raw_weight
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def _check_finite(path: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise MergeError(
+            "the merged weight is not finite",
+            where=path,
+            found=f"{int((~torch.isfinite(value)).sum())} values that are infinite or not a number in {value.dtype}",
+            expected="finite values",
+            fix="merge into float32 (model.float()), or look for a run that diverged",
+        )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor touches."""
+    reach = int(sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _shared(model: nn.Module, rows: Sequence[_Row]) -> dict[str, list[str]]:
+    """Weight name → names of the other modules' parameters and buffers that share its memory.
+
+    What counts is storage: a config that says "tied" may be wrong, and tying need not be by one parameter object.
+    """
+    holders: dict[int, list[tuple[str, nn.Module, Tensor]]] = defaultdict(list)
+    seen: set[tuple[int, str]] = set()
+    for path, module, _ in walk(model):
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or tensor.numel() == 0 or (id(module), key) in seen:
+                continue
+            seen.add((id(module), key))
+            holders[tensor.untyped_storage().data_ptr()].append((f"{path}.{key}", module, tensor))
+    shared: dict[str, list[str]] = {}
+    for row in rows:
+        start, end = _extent(row.tensor)
+        others = [
+            name
+            for name, holder, tensor in holders[row.tensor.untyped_storage().data_ptr()]
+            if holder is not row.module and _extent(tensor)[0] < end and start < _extent(tensor)[1]
+        ]
+        if others:
+            shared[row.name] = others
+    return shared

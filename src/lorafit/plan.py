@@ -1,0 +1,261 @@
+"""Which layers of a model an adapter will sit in, checked in full before the first one changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from lorafit.adapted import bank_of, plain_class, walk
+from lorafit.errors import ConfigError, TargetError, nearest, some
+from lorafit.layers import Site, bypass, own_forward, site_class
+from lorafit.method import Method
+from lorafit.targets import ALL_LINEAR, Targets, check_keys, lookup, match
+
+
+@runtime_checkable
+class HasOutputEmbeddings(Protocol):
+    """A language model that names its output layer, as those of transformers do."""
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The layer that makes logits, or None."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a model by path, the model's own only, each shared module under its first path."""
+
+    by_path: dict[str, nn.Module]
+    parents: dict[str, nn.Module | None]
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Modules:
+        """Reads a model."""
+        first: dict[int, str] = {}
+        modules = cls({}, {}, {})
+        for path, module, parent in walk(model):
+            modules.aliases[path] = first.setdefault(id(module), path)
+            if modules.aliases[path] == path:
+                modules.by_path[path] = module
+                modules.parents[path] = parent
+        return modules
+
+    def known(self) -> list[str]:
+        """The paths of layers of a known type."""
+        return [path for path, module in self.by_path.items() if site_class(plain_class(module)) is not None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One site to be, with the method as it will be there."""
+
+    path: str
+    site: Site
+    method: Method
+
+
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "attach, then compile"),
+    ("torch.nn.parallel", "DistributedDataParallel", "attach to the plain model, then wrap it"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "attach to the plain model, then wrap it"),
+    ("torch.distributed.fsdp", "FSDPModule", "attach first, then call fully_shard"),
+)
+"""Where torch keeps a wrapper class, its name there, and what to do instead. Looked up only if already imported:
+a model can hold such a module only then."""
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses a model on which layers cannot be adapted in place any more.
+
+    Raises:
+        TargetError: a compiled, sharded or distributed model. The order is quantise → attach → shard → compile.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError("this is no model", found=type(model).__name__, expected="a torch.nn.Module")
+    wrappers = [(vars(sys.modules[home]).get(name), fix) for home, name, fix in _WRAPPERS if home in sys.modules]
+    for path, module, _ in walk(model):
+        for wrapper, fix in wrappers:
+            if wrapper is not None and isinstance(module, wrapper):
+                raise TargetError(
+                    "the model is compiled, sharded or wrapped already",
+                    where=path or "(the model itself)",
+                    found=wrapper.__name__,
+                    expected="a plain model: the order is quantise, attach, shard, compile",
+                    fix=fix,
+                )
+
+
+def choose(
+    model: nn.Module, modules: Modules, targets: Targets, exclude: Targets, modules_to_save: Collection[str]
+) -> list[str]:
+    """The paths of the layers that `targets` name and `exclude` does not, in model order.
+
+    Raises:
+        TargetError: a pattern that matches nothing, a layer that cannot be adapted, or nothing left.
+    """
+    known = modules.known()
+    if targets == ALL_LINEAR:
+        chosen = _all_linear(model, modules)
+        chosen = [path for path in chosen if not _inside(path, modules_to_save)]
+    else:
+        matched = match(targets, modules.aliases, known, "targets")
+        chosen = list(dict.fromkeys(modules.aliases[path] for path in matched))
+    if exclude:
+        left_out = {modules.aliases[path] for path in match(exclude, modules.aliases, known, "exclude")}
+        chosen = [path for path in chosen if path not in left_out]
+    chosen = [path for path in chosen if _adaptable(path, modules)]
+    if not chosen:
+        kinds = sorted({type(module).__name__ for module in modules.by_path.values() if module._parameters})
+        raise TargetError(
+            "no layer is left to adapt",
+            found=f"targets={targets!r}, exclude={exclude!r}; layers with weights: {some(kinds, 8)}",
+            expected="at least one Linear, Embedding, Conv1d, Conv2d, Conv3d or HF Conv1D",
+            fix=f"targets={[path.rpartition('.')[2] for path in known[:1]]!r}"
+            if known
+            else "use a model with such layers",
+        )
+    return chosen
+
+
+def _all_linear(model: nn.Module, modules: Modules) -> list[str]:
+    head = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
+    paths = []
+    for path, module in modules.by_path.items():
+        kind = site_class(plain_class(module))
+        if kind is not None and kind.all_linear and module is not head:
+            paths.append(path)
+    return paths
+
+
+def _inside(path: str, roots: Collection[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def _adaptable(path: str, modules: Modules) -> bool:
+    """Whether a matched module is a layer to adapt. Raises for one that has weights but cannot take an adapter."""
+    module = modules.by_path[path]
+    base = plain_class(module)
+    kind = site_class(base)
+    if kind is None:
+        if not any(parameter is not None for parameter in module._parameters.values()):
+            return False  # a container or an activation that a broad pattern also matches: nothing there to adapt
+        known = modules.known()
+        raise TargetError(
+            "a matched module cannot be adapted",
+            where=path,
+            found=base.__name__,
+            expected="Linear, Embedding, Conv1d, Conv2d, Conv3d or HF Conv1D",
+            near=nearest(path, known),
+            fix=f"exclude=[{path!r}], or a narrower pattern",
+        )
+    refuse(path, module, base, kind, modules.parents[path])
+    return True
+
+
+def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site], parent: nn.Module | None) -> None:
+    """Raises `TargetError` for a layer of a known type on which an adapter would be wrong or without effect."""
+    reason = bypass(parent) if parent is not None else None
+    reason = reason or kind(module).objection()
+    own = own_forward(base)
+    if own is not None:
+        reason = (
+            f"{own} has a forward of its own, which a low-rank path for {kind.kind} would not follow",
+            f"leave it out with exclude=[{path!r}]",
+        )
+    elif "forward" in vars(module):
+        reason = (
+            "its forward was replaced on this one object (accelerate's device maps do that)",
+            "attach first, then dispatch: load without device_map, attach, then accelerate.dispatch_model",
+        )
+    elif kind(module).raw_weight.device.type == "meta":
+        reason = ("its weight is on the meta device and has no values", "load the weights, then attach")
+    elif not kind(module).raw_weight.is_floating_point():
+        reason = (
+            f"its weight is stored as {kind(module).raw_weight.dtype}, which this version cannot train over",
+            f"load the model in bfloat16 or float32, or exclude=[{path!r}]",
+        )
+    if reason is not None:
+        raise TargetError(
+            "this layer cannot be adapted", where=path, found=f"{base.__name__}: {reason[0]}", fix=reason[1]
+        )
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    paths: Sequence[str],
+    modules: Modules,
+    *,
+    name: str,
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+) -> list[Planned]:
+    """Each site with its method, rank and alpha resolved.
+
+    Raises:
+        ConfigError: a rank that the layer cannot have, or an adapter of this name.
+        TargetError: a pattern key that matches no site.
+    """
+    check_keys(rank_pattern or {}, paths, "rank_pattern")
+    check_keys(alpha_pattern or {}, paths, "alpha_pattern")
+    planned = []
+    for path in paths:
+        module = modules.by_path[path]
+        bank = bank_of(module)
+        if bank is not None and name in bank:
+            raise ConfigError(
+                "the model has an adapter of this name already",
+                where=path,
+                found=repr(name),
+                expected=f"a name other than {some(list(bank))}",
+                fix="attach(..., name=...), or detach the other one first",
+            )
+        kind = site_class(plain_class(module))
+        assert kind is not None
+        r, alpha = lookup(rank_pattern or {}, path), lookup(alpha_pattern or {}, path)
+        own = method if r is None and alpha is None else method.at(r=r, alpha=alpha)
+        site = kind(module)
+        reason = own.impossible(site.shape) or own.wasteful(site.shape)
+        if reason is not None:
+            raise ConfigError(
+                f"{own.name} cannot be put on this layer",
+                where=path,
+                found=reason,
+                expected=f"a rank that suits {kind.kind} {tuple(site.raw_weight.shape)}",
+                fix=f"rank_pattern={{{path!r}: ...}}, a smaller r, or exclude=[{path!r}]",
+            )
+        planned.append(Planned(path, site, own))
+    return planned
+
+
+def saved_paths(modules: Modules, modules_to_save: Sequence[str]) -> list[str]:
+    """The paths of modules to be trained in full.
+
+    Raises:
+        TargetError: a name that matches no module, or one without parameters.
+    """
+    if not modules_to_save:
+        return []
+    if isinstance(modules_to_save, str):
+        raise ConfigError(
+            "modules_to_save must be a list",
+            found=repr(modules_to_save),
+            expected="a list of module suffixes",
+            fix=f"modules_to_save=[{modules_to_save!r}]",
+        )
+    matched = match(modules_to_save, modules.aliases, list(modules.by_path), "modules_to_save")
+    paths = list(dict.fromkeys(modules.aliases[path] for path in matched))
+    for path in paths:
+        if not any(True for _ in modules.by_path[path].parameters()):
+            raise TargetError(
+                "a module to save has no parameters",
+                where=path,
+                found=type(modules.by_path[path]).__name__,
+                expected="a module that can be trained",
+                fix=f"remove {path!r} from modules_to_save",
+            )
+    return paths

@@ -1,0 +1,183 @@
+"""Adapter folders: written in one step, read strictly, never through pickle.
+
+The weights file is the commit point: it carries a copy of its config in its metadata. The config is renamed right after
+it. Should a kill fall between the two, the new config still lies beside as a temporary file, and reading completes the
+step: old adapter or new adapter, never a mixture.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
+
+from lorafit import files
+from lorafit.card import model_card
+from lorafit.errors import CheckpointError, some
+from lorafit.peft_layout import Description, config_of, tensors_of
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+CARD = "README.md"
+CONFIG_COPY = "lorafit_config"
+CHECKSUM = "lorafit_crc32"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter as its folder holds it."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    config_path: Path
+    weights_path: Path
+
+
+def write(folder: Path, description: Description) -> None:
+    """Writes an adapter in PEFT's layout; see the module's docstring for what a kill can leave.
+
+    Raises:
+        CheckpointError: the folder cannot be written; what was there is untouched.
+    """
+    config = json.dumps(config_of(description), indent=2, sort_keys=True)
+    tensors = tensors_of(description)
+    metadata = {"format": "pt", CONFIG_COPY: config, CHECKSUM: _checksum(tensors)}
+    staged_config = files.stage(folder / CONFIG, lambda path: _write_bytes(path, config.encode()))
+    try:
+        staged_weights = files.stage(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    except BaseException:
+        staged_config.unlink(missing_ok=True)
+        raise
+    files.commit(staged_weights, folder / WEIGHTS)
+    files.commit(staged_config, folder / CONFIG)
+    if not (folder / CARD).exists():
+        files.write_text(folder / CARD, model_card(description))
+    _sweep(folder)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed writers left, once it is too old to be a writer that is still at work."""
+    for left in folder.glob(".adapter_*.tmp"):
+        try:
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    total = 0
+    for key in sorted(tensors):
+        value = tensors[key]
+        total = zlib.crc32(key.encode(), total)
+        total = zlib.crc32(memoryview(value.reshape(-1).view(uint8).numpy()), total)  # type: ignore[arg-type]
+    return f"{total:08x}"
+
+
+def read(path: Path, name: str = "default") -> Stored:
+    """Reads an adapter's folder; nothing is interpreted yet.
+
+    Args:
+        path: the folder, or the folder that holds it under the adapter's name.
+        name: the adapter's name.
+
+    Raises:
+        CheckpointError: no adapter there, a damaged file, or a pickle (never read).
+    """
+    folder = _locate(path, name)
+    weights_path, config_path = folder / WEIGHTS, folder / CONFIG
+    try:
+        with safe_open(weights_path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            "the file of weights is damaged or cut short",
+            where=weights_path,
+            found=str(error),
+            expected="a whole safetensors file",
+            fix="copy or download it again, or go back to an earlier checkpoint",
+        ) from None
+    if CHECKSUM in metadata and _checksum(tensors) != metadata[CHECKSUM]:
+        raise CheckpointError(
+            "the file of weights was changed after it was written",
+            where=weights_path,
+            found=f"checksum {_checksum(tensors)}",
+            expected=metadata[CHECKSUM],
+            fix="copy or download it again, or go back to an earlier checkpoint",
+        )
+    return Stored(_read_config(config_path, metadata), tensors, config_path, weights_path)
+
+
+def _read_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = _text(path)
+    copy = metadata.get(CONFIG_COPY)
+    if copy is not None and copy != text:
+        pending = [left for left in path.parent.glob(f".{CONFIG}.*.tmp") if _text(left) == copy]
+        text = copy if pending else text
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            "the config is no JSON",
+            where=f"{path}:{error.lineno}",
+            found=error.msg,
+            expected="a JSON object",
+            fix="mend the file, or copy it again",
+        ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            "the config is no JSON object", where=path, found=type(config).__name__, expected="an object"
+        )
+    return config
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError("the config cannot be read", where=path, found=str(error), fix="copy it again") from None
+
+
+def _locate(path: Path, name: str) -> Path:
+    for folder in (path, path / name):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    if not path.is_dir():
+        raise CheckpointError(
+            "there is no such folder" if not path.exists() else "an adapter is a folder, this is a file",
+            where=path,
+            expected=f"a folder with {CONFIG} and {WEIGHTS}",
+            fix="give the folder that holds the two files; for a hub name download it first (huggingface_hub)",
+        )
+    pickled = [path / file for file in PICKLED if (path / file).is_file()]
+    if pickled:
+        raise CheckpointError(
+            "the weights are pickled, and pickle is never read: it can run any code",
+            where=pickled[0],
+            expected=WEIGHTS,
+            fix="load it with PEFT where you trust it, and save it again (safe_serialization=True)",
+        )
+    inner = sorted(str(child.relative_to(path).parent) for child in path.rglob(CONFIG))
+    missing = [file for file in (CONFIG, WEIGHTS) if not (path / file).is_file()]
+    raise CheckpointError(
+        "this folder holds no adapter",
+        where=path,
+        found=f"adapters below it in {some(inner)}" if inner else f"no {' and no '.join(missing)}",
+        expected=f"{CONFIG} and {WEIGHTS}",
+        near=inner[:3],
+        fix=f"give {path / inner[0]}" if inner else "give the folder that `handle.save` or PEFT wrote",
+    )
