@@ -6,16 +6,19 @@ hooks are untouched. Generated classes are cached per base class, and pickle and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from lorafit.errors import StateError, some
 from lorafit.layers import Acting, Site, site_class
 from lorafit.method import Adapter
 
 BANK = "adapters"
+"""The name under which a module holds its adapters, so that keys read "<path>.adapters.<name>.A"."""
 ModuleClass: TypeAlias = type[nn.Module]
 Generator: TypeAlias = Callable[..., ModuleClass]
 
@@ -41,6 +44,14 @@ class Bank(nn.ModuleDict):
             self.merged = merged
         self.acting = tuple(name for name in self.active if name not in self.merged)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A checkpoint of the plain model knows nothing of adapters: it must load, and leave them as they are. torch
+        # hands the children of this module what `state_dict` holds, so each absent entry is given its own values.
+        for name, entry in self.items():
+            if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+                entry.state_dict(destination=state_dict, prefix=f"{prefix}{name}.", keep_vars=True)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def updates(self, site: Site) -> list[Acting]:
         """What the acting adapters say of the site's weight now."""
         updates = []
@@ -50,6 +61,10 @@ class Bank(nn.ModuleDict):
             dropout = adapter.dropout if adapter.training else 0.0
             updates.append(Acting(adapter.update(site.weight), dropout))
         return updates
+
+
+RESERVED = frozenset(dir(Bank()))
+"""Names that no entry of a bank can have, since torch keeps entries beside the bank's own attributes."""
 
 
 @cache
@@ -130,6 +145,12 @@ def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> 
     bank[name] = entry
 
 
+def prepare(modules: Iterable[nn.Module], make: Generator) -> None:
+    """Generates the classes that `install` will need: a base class may object to being subclassed."""
+    for module in modules:
+        make(plain_class(module))
+
+
 def uninstall(module: nn.Module, name: str) -> None:
     """Takes `name` out of the module's bank; a module whose bank is empty becomes the plain module it was."""
     bank = bank_of(module)
@@ -153,6 +174,24 @@ def _walk(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[tu
             yield from _walk(child, f"{path}.{name}" if path else name, module)
 
 
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module as it would be without any adapter."""
+    copied = copy.deepcopy(module)
+    for _, inner, _ in list(walk(copied)):
+        if bank_of(inner) is not None:
+            inner.__class__ = plain_class(inner)
+            del inner._modules[BANK]
+    return copied
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict without what belongs to adapters."""
+    inside = tuple(
+        f"{path}.{BANK}." if path else f"{BANK}." for path, inner, _ in walk(module) if bank_of(inner) is not None
+    )
+    return {key: value for key, value in module.state_dict().items() if not key.startswith(inside)}
+
+
 def banks(model: nn.Module) -> Iterator[Bank]:
     """Every bank of the model, once."""
     seen: set[int] = set()
@@ -161,3 +200,26 @@ def banks(model: nn.Module) -> Iterator[Bank]:
         if bank is not None and id(bank) not in seen:
             seen.add(id(bank))
             yield bank
+
+
+def check_together(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises `StateError` for adapters of which one hides another: both replace a module, or one what holds it."""
+    over: dict[str, str] = {}
+    for path, module, _ in walk(model):
+        bank = bank_of(module)
+        here = [name for name in names if bank is not None and name in bank]
+        if bank is None or not here:
+            continue
+        hidden = [name for root, name in over.items() if path == root or path.startswith(f"{root}.")]
+        whole = not isinstance(bank[here[0]], Adapter)
+        both = list(dict.fromkeys([*hidden, *here])) if hidden or whole else []
+        if len(both) > 1:
+            raise StateError(
+                "two adapters cannot act together: one replaces in full what the other changes or replaces",
+                where=path,
+                found=some(both),
+                expected="one of them",
+                fix=f"activate({both[0]!r})",
+            )
+        if whole:
+            over[path] = here[0]

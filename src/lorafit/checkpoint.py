@@ -10,14 +10,14 @@ from torch import nn
 
 from lorafit import store
 from lorafit.adapted import plain_class
-from lorafit.errors import CheckpointError, LorafitWarning, some
+from lorafit.errors import CheckpointError, LorafitWarning, StateError, some
 from lorafit.fitting import Fit, copy_into, fit
 from lorafit.handle import Handle
 from lorafit.inject import check_name, install_all, place
 from lorafit.layers import site_class
 from lorafit.method import Adapter, Method
 from lorafit.peft_config import Parsed, parse
-from lorafit.plan import Modules, Planned, check_model, refuse
+from lorafit.plan import Modules, Planned, check_model, refuse, refuse_copy
 from lorafit.store import Stored
 from lorafit.targets import lookup
 
@@ -52,7 +52,9 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable
         if site_path in _own(found, modules)
     ]
     adapters = [_filled(site, found, modules) for site in planned]
-    saved = {site_path: modules.by_path[site_path] for site_path in found.copies}
+    for site_path in found.copies:
+        refuse_copy(site_path, modules)
+    saved = {path: module for path, module in modules.by_path.items() if path in found.copies}
     handle = install_all(model, parsed.method, planned, adapters, saved, name, trainable=trainable)
     for site_path, values in found.copies.items():
         copy_into(handle.copies[site_path], values)
@@ -64,7 +66,11 @@ def reload(handle: Handle, path: str | Path) -> None:
 
     Raises:
         CheckpointError: the folder's adapter is damaged, or has other sites, ranks or scales.
+        StateError: a layer was replaced after attaching, or the adapter is merged.
     """
+    handle.check_sites("reload")
+    if handle.merged:
+        raise StateError(f"adapter {handle.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
     stored = store.read(Path(path), handle.name)
     parsed = parse(stored.config, stored.config_path)
     modules = Modules.of(handle.model)

@@ -45,8 +45,20 @@ def stage(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Puts a staged file in place, in one step that a kill cannot split."""
-    temporary.replace(path)
+    """Puts a staged file in place, in one step that a kill cannot split.
+
+    Raises:
+        CheckpointError: it cannot be put there; `path` and the temporary file are as they were.
+    """
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path.name}: {error}",
+            where=path,
+            expected="a file or nothing of that name, in a writable folder",
+            fix="choose another folder",
+        ) from error
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapted import BANK, plain_class
+from lorafit.adapted import plain_class, plain_state
 from lorafit.errors import CheckpointError, nearest, some
 from lorafit.layers import Site, site_class
 from lorafit.peft_config import Parsed, expected_sites
-from lorafit.peft_layout import FOREIGN_KEYS, PREFIX, join, slots
-from lorafit.plan import Modules
+from lorafit.peft_layout import FOREIGN_KEYS, PREFIX, join, saved_as, slots
+from lorafit.plan import Modules, all_linear
 from lorafit.store import Stored
-from lorafit.targets import has_suffix, lookup
+from lorafit.targets import ALL_LINEAR, has_suffix, lookup
 
 
 @dataclass
@@ -127,7 +127,7 @@ def _check_finite(where: str, tensor: Tensor) -> None:
 def _copy(rest: str, tensor: Tensor, found: Fit, parsed: Parsed, modules: Modules) -> bool:
     """Whether the key belongs to a module that the config says is saved in full."""
     for path in modules.by_path:
-        if any(has_suffix(path, name) for name in parsed.modules_to_save) and rest.startswith(f"{path}."):
+        if any(saved_as(name, path) for name in parsed.modules_to_save) and rest.startswith(f"{path}."):
             found.copies.setdefault(path, {})[rest[len(path) + 1 :]] = tensor
             return True
     return False
@@ -166,6 +166,8 @@ def _unexpected(rest: str, where: str, modules: Modules) -> CheckpointError:
 
 def _check_complete(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) -> None:
     known = modules.known()
+    if isinstance(parsed.targets, str) and parsed.targets.lower() == ALL_LINEAR:
+        parsed = replace(parsed, targets=all_linear(modules))
     expected = expected_sites(
         parsed, [path for path in modules.aliases if modules.aliases[path] in known], stored.config_path
     )
@@ -224,7 +226,7 @@ def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, par
             )
         try:
             values[slot.attribute] = slot.from_file(site, tensor, r).contiguous()
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise CheckpointError(
                 "wrong shape",
                 where=key,
@@ -236,7 +238,7 @@ def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, par
 
 def _check_copies(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) -> None:
     for name in parsed.modules_to_save:
-        if not any(has_suffix(path, name) for path in found.copies):
+        if _absent(name, found, parsed, modules):
             raise CheckpointError(
                 "a module that was saved in full is missing",
                 where=f"{stored.config_path}: modules_to_save",
@@ -246,9 +248,7 @@ def _check_copies(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) 
                 fix="load the base model that the adapter was trained on",
             )
     for path, values in found.copies.items():
-        own = {
-            key: value for key, value in modules.by_path[path].state_dict().items() if not key.startswith(f"{BANK}.")
-        }
+        own = plain_state(modules.by_path[path])
         for key, value in own.items():
             if key not in values:
                 raise _missing(join(path, key), stored)
@@ -263,6 +263,18 @@ def _check_copies(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) 
         for key in values:
             if key not in own:
                 raise _unexpected(f"{path}.{key}", f"{stored.weights_path}: {join(path, key)}", modules)
+
+
+def _absent(name: str, found: Fit, parsed: Parsed, modules: Modules) -> bool:
+    """Whether the file lacks a module that this entry of modules_to_save names."""
+    named = [path for path in modules.by_path if has_suffix(path, name)]
+    if not named:
+        return name not in parsed.heads and not any(saved_as(name, path) for path in found.copies)
+    within = tuple(f"{root}." for root in found.copies)
+    return any(
+        path not in found.copies and not path.startswith(within) and plain_state(modules.by_path[path])
+        for path in named
+    )
 
 
 def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit import merging, store
-from lorafit.adapted import bank_of, banks, uninstall, walk
+from lorafit.adapted import bank_of, banks, check_together, uninstall, walk
 from lorafit.errors import MergeError, StateError, TrainingError, nearest, some
 from lorafit.hooks import StepHooks
 from lorafit.layers import Shape, Site
@@ -63,6 +63,9 @@ class Handle:
         self.__dict__.update(state, _bound=weakref.WeakSet())
 
     def __repr__(self) -> str:
+        ledger = vars(self.model).get(LEDGER)
+        if not isinstance(ledger, Ledger) or self.name not in ledger.names:
+            return f"<Handle {self.name!r}: {self.method.name}, detached>"
         return f"<Handle {self.name!r}: {self.summary()}>"
 
     # What it is
@@ -171,9 +174,10 @@ class Handle:
         """Chooses which of the model's adapters act from now on; several add up; None leaves the base model.
 
         Raises:
-            StateError: a name that is not attached, or two adapters that both replace one module in full.
+            StateError: a name that is not attached, two adapters of which one would hide the other, or an adapter left
+                out that is merged into the weights and so acts anyway.
         """
-        chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+        chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
         known = self._ledger().names
         for name in chosen:
             if name not in known:
@@ -184,19 +188,16 @@ class Handle:
                     near=nearest(str(name), known),
                     fix="attach or load it first",
                 )
-        for path, module, _ in walk(self.model):
-            bank = bank_of(module)
-            if bank is None or isinstance(next(iter(bank.values())), Adapter):
-                continue
-            both = [name for name in chosen if name in bank]
-            if len(both) > 1:
-                raise StateError(
-                    "two adapters replace the same module in full and cannot act together",
-                    where=path,
-                    found=some(both),
-                    expected="one of them",
-                    fix=f"activate({both[0]!r})",
-                )
+        check_together(self.model, chosen)
+        for bank in banks(self.model):
+            for name in bank.merged:
+                if name not in chosen:
+                    raise StateError(
+                        f"adapter {name!r} is merged into the weights and acts until it is unmerged",
+                        found=f"activate({names!r})",
+                        expected=f"a choice with {name!r} in it",
+                        fix="unmerge it first; disabled() of its own handle takes it out for a while",
+                    )
         for bank in banks(self.model):
             bank.set(active=chosen)
 
@@ -226,7 +227,13 @@ class Handle:
         Raises:
             StateError: the adapter was loaded for inference, is merged or gone.
         """
-        self._check_sites("train")
+        self.check_sites("train")
+        named = self._trained()
+        if self._folded is not None:
+            raise StateError(f"adapter {self.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
+        return self.method.param_groups(named, lr)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = list(self.named_parameters())
         if not named:
             raise StateError(
@@ -235,9 +242,7 @@ class Handle:
                 expected="a trainable one",
                 fix="load(model, path, trainable=True)",
             )
-        if self._folded is not None:
-            raise StateError(f"adapter {self.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
-        return self.method.param_groups(named, lr)
+        return named
 
     def optimizer(self, kind: type[AnyOptimizer], lr: float, **options: Any) -> AnyOptimizer:
         """An optimizer of class `kind` over this adapter's parameter groups, with its step hooks installed."""
@@ -251,13 +256,14 @@ class Handle:
             allow_unused: do not raise for sites without a gradient at the first step (experts that no token reached).
 
         Raises:
+            StateError: the adapter was loaded for inference.
             TrainingError: now, if the optimizer lacks parameters of the adapter; at its first step, if a site got no
-                gradient.
+                gradient (after that step, if it was given a closure that computes the gradients).
         """
         if optimizer in self._bound:
             return optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [key for key, parameter in self.named_parameters() if id(parameter) not in held]
+        missing = [key for key, parameter in self._trained() if id(parameter) not in held]
         if missing:
             raise TrainingError(
                 "the optimizer does not hold this adapter's parameters",
@@ -270,7 +276,7 @@ class Handle:
         return optimizer
 
     def _check_first_step(self, allow_unused: bool) -> None:
-        self._check_sites("train")
+        self.check_sites("train")
         unused = [key for key, parameter in self.named_parameters() if parameter.grad is None]
         if not unused or (allow_unused and len(unused) < len(self.parameters())):
             return
@@ -291,8 +297,8 @@ class Handle:
             fix=fix,
         )
 
-    def _check_sites(self, doing: str) -> None:
-        """Notices modules that were replaced after attach, as `resize_token_embeddings` does."""
+    def check_sites(self, doing: str) -> None:
+        """Raises `StateError` for a layer that was replaced after attach, as `resize_token_embeddings` does."""
         for path, module in [
             *((path, site.module) for path, site in self._sites.items()),
             *self._saved.items(),
@@ -338,11 +344,19 @@ class Handle:
 
         Raises:
             MergeError: a shared weight, a value that would not be finite, or another adapter merged here already.
+            StateError: the adapter is not active, so that merging it would change what the model computes.
         """
+        if self.name not in self.active:
+            raise StateError(
+                f"adapter {self.name!r} is not active, and merging it would make it act",
+                found=f"active: {some(self.active) or 'none'}",
+                expected="an active adapter",
+                fix=f"activate({self.name!r}) first",
+            )
         self._fold(untie=untie, keep=True)
 
     def _fold(self, *, untie: bool, keep: bool) -> None:
-        self._check_sites("merge")
+        self.check_sites("merge")
         for bank in banks(self.model):
             if bank.merged:
                 raise MergeError(
@@ -387,7 +401,7 @@ class Handle:
             uninstall(module, self.name)
         ledger.names = tuple(name for name in ledger.names if name != self.name)
         if not ledger.names:
-            own = dict(self.model.named_parameters())
+            own = dict(self.model.named_parameters(remove_duplicate=False))
             for key in ledger.trainable:
                 if key in own:
                     own[key].requires_grad_(True)
@@ -418,7 +432,7 @@ class Handle:
             CheckpointError: the files cannot be written; what was there before is untouched.
             StateError: a layer was replaced after attaching.
         """
-        self._check_sites("save")
+        self.check_sites("save")
         folder = Path(path) if self.name == "default" else Path(path) / self.name
         description = Description(
             method=self.method,

@@ -20,6 +20,7 @@ class StepHooks:
         self._first = first
         self._schedule = schedule
         self._checked = False
+        self._late = False
 
     def install(self, optimizer: torch.optim.Optimizer) -> None:
         """Registers both hooks with `optimizer`."""
@@ -27,12 +28,20 @@ class StepHooks:
         optimizer.register_step_post_hook(self._after)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._checked:
-            self._first()
-            self._checked = True
+        # With a closure the gradients come inside the step: then the first chance to look is after it.
+        self._late = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+        if not self._late:
+            self._check()
         if self._schedule is not None:
             self._schedule.before_step(optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._late:
+            self._check()
         if self._schedule is not None:
             self._schedule.after_step(optimizer)
+
+    def _check(self) -> None:
+        if not self._checked:
+            self._first()
+            self._checked = True

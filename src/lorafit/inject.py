@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lorafit.adapted import adapted, install, replaced
-from lorafit.errors import ConfigError, some
+from lorafit.adapted import RESERVED, adapted, banks, install, plain_copy, prepare, replaced
+from lorafit.errors import ConfigError, StateError, some
 from lorafit.handle import LEDGER, Handle, Ledger
 from lorafit.layers import Site
 from lorafit.method import Adapter, Method
@@ -49,6 +48,7 @@ def attach(
     Raises:
         TargetError: a pattern matches nothing, or a layer cannot be adapted. The model is as it was.
         ConfigError: a setting does not fit a layer. The model is as it was.
+        StateError: an adapter is merged, or sits on a part of the model only. The model is as it was.
     """
     check_model(model)
     check_name(model, method, name)
@@ -81,18 +81,19 @@ def install_all(
     trainable: bool = True,
 ) -> Handle:
     """Puts adapters that are ready into their sites; nothing in here can fail halfway."""
-    copies = {path: copy.deepcopy(module) for path, module in saved.items()}
+    copies = {path: plain_copy(module).requires_grad_(trainable) for path, module in saved.items()}
+    prepare((site.site.module for site in planned), adapted)
+    prepare(saved.values(), replaced)
     ledger = vars(model).get(LEDGER)
     if ledger is None:
-        own = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-        ledger = Ledger(own)
+        named = model.named_parameters(remove_duplicate=False)
+        ledger = Ledger([key for key, parameter in named if parameter.requires_grad])
         model.requires_grad_(False)
         setattr(model, LEDGER, ledger)
     for site, adapter in zip(planned, adapters, strict=True):
         adapter.requires_grad_(trainable)
         install(site.site.module, name, adapter, adapted)
     for path, module in saved.items():
-        copies[path].requires_grad_(trainable)
         install(module, name, copies[path], replaced)
     ledger.names = (*ledger.names, name)
     handle = Handle(model, name, method, planned, saved)
@@ -111,7 +112,10 @@ def place(site: Site, adapter: Adapter) -> Adapter:
 
 
 def check_name(model: nn.Module, method: object, name: str) -> None:
-    """Raises `ConfigError` for something that is no method, or a name that cannot be or is taken."""
+    """Raises `ConfigError` for something that is no method, or a name that cannot be or is taken.
+
+    Raises `StateError` for adapters on a part of the model: two objects cannot both keep the books.
+    """
     if not isinstance(method, Method):
         raise ConfigError(
             "this is no method",
@@ -128,7 +132,22 @@ def check_name(model: nn.Module, method: object, name: str) -> None:
             expected="a name that can be a folder's: not empty, without dots and slashes",
             fix='name="default"',
         )
+    if name in RESERVED:
+        raise ConfigError(
+            "this cannot be an adapter's name: torch modules have an attribute of that name",
+            where="name",
+            found=repr(name),
+            expected="another name",
+            fix=f"name={name + '_adapter'!r}",
+        )
     ledger = vars(model).get(LEDGER)
+    if ledger is None and any(True for _ in banks(model)):
+        raise StateError(
+            "a part of this model, or a model that this is a part of, has adapters already",
+            found="adapted layers that were not attached to this object",
+            expected="one object to which all adapters are attached",
+            fix="attach to that same object, or detach its adapters first",
+        )
     if ledger is not None and name in ledger.names:
         raise ConfigError(
             "the model has an adapter of this name already",

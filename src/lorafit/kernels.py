@@ -35,6 +35,14 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # What was saved has the dtype of the forward pass; an autocast around backward() must not mix in another.
+        if _autocasts(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _LowRankLinear._gradients(ctx, grad)
+        return _LowRankLinear._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, weight, down, up = ctx.saved_tensors
         need_x, _, _, need_down, need_up, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph: H must be a function of x and A again, not a saved constant
@@ -56,6 +64,10 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, None, grad_down, grad_up, None
 
 
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """A linear layer with its low-rank update in one operation.
 
@@ -68,13 +80,14 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor
         scale: s.
 
     Returns:
-        x Wᵀ + b + s (x Aᵀ) Bᵀ, (..., out). All tensors take the autocast dtype when autocast is on and must share one
-        dtype otherwise. The plain twin is `layers.apply` on a linear site.
+        x Wᵀ + b + s (x Aᵀ) Bᵀ, (..., out). All tensors take the autocast dtype when autocast is on (float64 stays, as
+        in torch's own layers) and must share one dtype otherwise. The plain twin is `layers.apply` on a linear site.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if _autocasts(kind):
         dtype = torch.get_autocast_dtype(kind)
-        cast = [None if t is None else t.to(dtype) for t in (x, weight, bias, down, up)]
+        tensors = (x, weight, bias, down, up)
+        cast = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
         with torch.autocast(kind, enabled=False):
             y: Tensor = _LowRankLinear.apply(*cast, scale)  # type: ignore[no-untyped-call]
             return y

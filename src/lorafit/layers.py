@@ -89,9 +89,9 @@ class Site(ABC):
         """A as the ecosystem's files hold it."""
         return down
 
-    def down_from_file(self, stored: Tensor) -> Tensor:
+    def down_from_file(self, stored: Tensor, r: int) -> Tensor:
         """A as this site uses it; the inverse of `down_to_file`. Raises ValueError for a shape that cannot be."""
-        return _exactly(stored, (stored.shape[0], self.shape.inn))
+        return _exactly(stored, (r, self.shape.inn))
 
     def up_to_file(self, up: Tensor) -> Tensor:
         """B as the ecosystem's files hold it."""
@@ -340,8 +340,8 @@ class ConvSite(Site):
         full[own, :, own] = down.view(m.groups, r // m.groups, self.shape.inn)
         return full.view(r, m.in_channels, *m.kernel_size)
 
-    def down_from_file(self, stored: Tensor) -> Tensor:
-        m, r = self.module, stored.shape[0]
+    def down_from_file(self, stored: Tensor, r: int) -> Tensor:
+        m = self.module
         full = _exactly(stored, (r, m.in_channels, *m.kernel_size)).flatten(1)
         if m.groups == 1 or r % m.groups:
             return full

@@ -34,22 +34,6 @@ class Adapter(nn.Module, ABC):
         `weight` is called only by methods that need the weight: a quantised one is expensive to form.
         """
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A checkpoint of the plain model knows nothing of adapters; it must load, and leave them as they are.
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-
 
 class Schedule(ABC):
     """What a method does around the optimizer step. Its state is saved with training checkpoints."""

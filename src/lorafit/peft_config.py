@@ -11,8 +11,9 @@ from typing import Any
 
 from lorafit.errors import CheckpointError, ConfigError, nearest, some
 from lorafit.methods.lora import LoRA
+from lorafit.peft_layout import HEADS
 
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of `init_lora_weights` that leave the base weight alone. The others put a residual into it when PEFT loads."""
 
 MUST_BE: Mapping[str, tuple[object, ...]] = {
@@ -75,7 +76,10 @@ NOT_MATHEMATICS = frozenset(
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a config says of the mathematics."""
+    """What a config says of the mathematics.
+
+    `heads` are the entries of `modules_to_save` that PEFT adds for the task type, whether the model has them or not.
+    """
 
     method: LoRA
     rank_pattern: Mapping[str, int]
@@ -83,6 +87,7 @@ class Parsed:
     targets: list[str] | str | None
     exclude: list[str] | str
     modules_to_save: list[str]
+    heads: tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     unknown: tuple[str, ...]
@@ -93,7 +98,7 @@ def parse(config: Mapping[str, Any], where: Path) -> Parsed:
 
     Raises:
         CheckpointError: an unknown type of adapter, a value out of range or of the wrong type, or a setting that
-            changes the mathematics in a way that this version does not compute; names file, key, found, expected and a fix.
+            changes the mathematics in a way that this version does not compute; names file, key, found, expected, fix.
     """
     reader = _Reader(config, where)
     kind = config.get("peft_type")
@@ -123,17 +128,16 @@ def parse(config: Mapping[str, Any], where: Path) -> Parsed:
             f"one of {', '.join(map(repr, PLAIN_INITS))}",
             fix="save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
         )
-    layers = config.get("layers_to_transform")
-    pattern = config.get("layers_pattern")
     return Parsed(
         method=reader.method(),
         rank_pattern=reader.pattern("rank_pattern", int),
         alpha_pattern=reader.pattern("alpha_pattern", float),
-        targets=reader.names("target_modules"),
-        exclude=reader.names("exclude_modules") or [],
+        targets=reader.expression("target_modules"),
+        exclude=reader.expression("exclude_modules") or [],
         modules_to_save=reader.saved(),
-        layers=None if layers in (None, []) else tuple([layers] if isinstance(layers, int) else reader.ints(layers)),
-        layers_pattern=tuple([pattern] if isinstance(pattern, str) else pattern or ()),
+        heads=HEADS.get(str(config.get("task_type")), ()),
+        layers=reader.layers(),
+        layers_pattern=reader.layers_pattern(),
         unknown=tuple(sorted(set(config) - USED - NOT_MATHEMATICS - set(MUST_BE))),
     )
 
@@ -192,10 +196,7 @@ class _Reader:
                 raise self.error(
                     f"{key}[{name!r}]", "a value is out of range", number, f"a {kind.__name__} greater than 0"
                 )
-            try:
-                re.compile(name)
-            except re.error as error:
-                raise self.error(key, f"a name is not a regular expression: {error}", name, "a pattern") from None
+            self._compile(key, name)
         return value
 
     def names(self, key: str) -> list[str] | str | None:
@@ -206,15 +207,38 @@ class _Reader:
             return value
         raise self.error(key, "these are no module names", value, "a list of names, or a regular expression")
 
+    def expression(self, key: str) -> list[str] | str | None:
+        value = self.names(key)
+        if isinstance(value, str):
+            self._compile(key, value)
+        return value
+
+    def _compile(self, key: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise self.error(key, f"a name is not a regular expression: {error}", pattern, "a pattern") from None
+
     def saved(self) -> list[str]:
         value = self.names("modules_to_save")
         if isinstance(value, str):
             raise self.error("modules_to_save", "these are no module names", value, "a list of names")
         return value or []
 
-    def ints(self, value: object) -> list[int]:
-        if isinstance(value, list) and all(isinstance(index, int) and not isinstance(index, bool) for index in value):
-            return value
+    def layers_pattern(self) -> tuple[str, ...]:
+        value = self.names("layers_pattern") or []
+        patterns = (value,) if isinstance(value, str) else tuple(value)
+        for pattern in patterns:
+            self._compile("layers_pattern", pattern)
+        return patterns
+
+    def layers(self) -> tuple[int, ...] | None:
+        value = self.config.get("layers_to_transform")
+        listed = value if isinstance(value, list) else [value]
+        if value is None or value == []:
+            return None
+        if all(isinstance(index, int) and not isinstance(index, bool) for index in listed):
+            return tuple(listed)
         raise self.error("layers_to_transform", "these are no layer numbers", value, "a whole number or a list of them")
 
 
@@ -233,7 +257,9 @@ def expected_sites(parsed: Parsed, paths: Sequence[str], where: Path) -> list[st
     for path in paths:
         matched = [test for test in tests if _peft_match(test, path, regular)]
         hit.update(matched)
-        if matched and not _excluded(parsed.exclude, path) and _layer_wanted(parsed, path):
+        # A name that is the whole path is meant as it stands; PEFT looks at layers for suffixes only.
+        wanted = path in matched or _layer_wanted(parsed, path)
+        if matched and wanted and not _excluded(parsed.exclude, path):
             chosen.append(path)
     unmatched = [test for test in tests if test not in hit]
     if unmatched:
@@ -264,6 +290,7 @@ def _excluded(exclude: list[str] | str, path: str) -> bool:
 def _layer_wanted(parsed: Parsed, path: str) -> bool:
     if parsed.layers is None:
         return True
-    patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in parsed.layers_pattern] or [r".*\.[^.]*\.(\d+)\."]
+    # The first number counts: a later one is that of an expert or another list inside the layer.
+    patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in parsed.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
     found = next((match for match in (re.match(pattern, path) for pattern in patterns) if match), None)
     return found is not None and int(found.group(1)) in parsed.layers

@@ -7,13 +7,14 @@ file and `fitting` know them.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorafit.errors import CheckpointError
+from lorafit.errors import CheckpointError, LorafitWarning, some
 from lorafit.layers import Conv1DSite, EmbeddingSite, Site
 from lorafit.method import Adapter, Method
 from lorafit.methods.lora import LoRA
@@ -33,7 +34,7 @@ class Slot:
 
 
 def _down(key: str) -> Slot:
-    return Slot("A", key, lambda site, a: site.down_to_file(a), lambda site, a, r: site.down_from_file(a))
+    return Slot("A", key, lambda site, a: site.down_to_file(a), lambda site, a, r: site.down_from_file(a, r))
 
 
 def _up(key: str) -> Slot:
@@ -54,6 +55,19 @@ FOREIGN_KEYS = {
     "lora_B.bias": "LoRA with trained biases",
 }
 """Keys of methods that this version does not read: known, so that an error can say what they are."""
+
+
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Task type → modules that PEFT saves in full where a model has them, named in modules_to_save or not."""
+
+
+def saved_as(name: str, path: str) -> bool:
+    """Whether an entry of modules_to_save names the module at `path` for PEFT: it compares ends, not components."""
+    return path.endswith(name)
 
 
 def slots(site: Site) -> tuple[Slot, ...]:
@@ -135,16 +149,48 @@ def config_of(description: Description) -> dict[str, Any]:
         "layers_to_transform": None,
         "lora_alpha": _whole(method.resolved_alpha),
         "lora_dropout": method.dropout,
-        "modules_to_save": suffixes_for(copies, description.modules) if copies else None,
+        "modules_to_save": _saved_names(copies, description.modules) if copies else None,
         "peft_type": "LORA",
         "r": method.r,
         "rank_pattern": _exact(ranks, list(description.sites)),
         "revision": None,
         "target_modules": suffixes_for(list(description.sites), description.modules),
-        "task_type": description.task_type,
+        "task_type": _task_type(description),
         "use_dora": False,
         "use_rslora": method.rslora,
     }
+
+
+def _saved_names(copies: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Names that make PEFT replace exactly `copies`: last components where they are exact, else whole paths."""
+    tails = sorted({path.rpartition(".")[2] for path in copies})
+    for names in (tails, sorted(copies)):
+        caught = [path for path in modules if any(saved_as(name, path) for name in names)]
+        if set(caught) == set(copies):
+            return names
+    warnings.warn(
+        f"PEFT cannot load this adapter: by the name of {some(copies)} it would also replace "
+        f"{some(path for path in caught if path not in copies)}, of which the file holds no copy. lorafit can",
+        LorafitWarning,
+        stacklevel=2,
+    )
+    return names
+
+
+def _task_type(description: Description) -> str | None:
+    """The task type, unless it makes PEFT look for a head that is not in the file and fail."""
+    heads = HEADS.get(description.task_type or "", ())
+    needed = [path for path in description.modules if any(saved_as(head, path) for head in heads)]
+    absent = [path for path in needed if path not in description.copies]
+    if not absent:
+        return description.task_type
+    warnings.warn(
+        f"task_type is written as null: for {description.task_type!r} PEFT expects a trained copy of "
+        f"{some(absent)}, which this adapter does not have. attach(..., modules_to_save={absent!r}) trains one",
+        LorafitWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def _whole(value: float) -> float:
@@ -153,6 +199,7 @@ def _whole(value: float) -> float:
 
 def _exact(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
     """Patterns that give each path its own value and no other; anchored where a plain path would hit another's end."""
+    values = dict(sorted(values.items()))  # the order in which a file has them, and the first hit counts
     if all(lookup(values, path) == values.get(path) for path in paths):
         return dict(values)
     return {f"^{re.escape(path)}": value for path, value in values.items()}

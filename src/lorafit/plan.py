@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
-from lorafit.adapted import bank_of, plain_class, walk
-from lorafit.errors import ConfigError, TargetError, nearest, some
+from lorafit.adapted import BANK, bank_of, banks, plain_class, walk
+from lorafit.errors import ConfigError, StateError, TargetError, nearest, some
 from lorafit.layers import Site, bypass, own_forward, site_class
-from lorafit.method import Method
+from lorafit.method import Adapter, Method
 from lorafit.targets import ALL_LINEAR, Targets, check_keys, lookup, match
 
 
@@ -60,6 +61,7 @@ class Planned:
 
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "attach, then compile"),
+    ("torch.nn.parallel", "DataParallel", "attach to the plain model, then wrap it"),
     ("torch.nn.parallel", "DistributedDataParallel", "attach to the plain model, then wrap it"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "attach to the plain model, then wrap it"),
     ("torch.distributed.fsdp", "FSDPModule", "attach first, then call fully_shard"),
@@ -73,6 +75,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TargetError: a compiled, sharded or distributed model. The order is quantise → attach → shard → compile.
+        StateError: an adapter is merged into the weights, which are then not the base's.
     """
     if not isinstance(model, nn.Module):
         raise TargetError("this is no model", found=type(model).__name__, expected="a torch.nn.Module")
@@ -87,6 +90,14 @@ def check_model(model: nn.Module) -> None:
                     expected="a plain model: the order is quantise, attach, shard, compile",
                     fix=fix,
                 )
+    for bank in banks(model):
+        if bank.merged:
+            raise StateError(
+                "another adapter is merged into the weights now, so a new one would build on it",
+                found=f"adapter {bank.merged[0]!r}, merged",
+                expected="the base model's own weights",
+                fix="unmerge it first, or merge_and_detach() to keep it in the weights for good",
+            )
 
 
 def choose(
@@ -99,7 +110,7 @@ def choose(
     """
     known = modules.known()
     if targets == ALL_LINEAR:
-        chosen = _all_linear(model, modules)
+        chosen = all_linear(modules)
         chosen = [path for path in chosen if not _inside(path, modules_to_save)]
     else:
         matched = match(targets, modules.aliases, known, "targets")
@@ -121,7 +132,9 @@ def choose(
     return chosen
 
 
-def _all_linear(model: nn.Module, modules: Modules) -> list[str]:
+def all_linear(modules: Modules) -> list[str]:
+    """The paths of every linear layer but the output layer, as PEFT chooses them for "all-linear"."""
+    model = modules.by_path[""]
     head = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
     paths = []
     for path, module in modules.by_path.items():
@@ -159,7 +172,6 @@ def _adaptable(path: str, modules: Modules) -> bool:
 def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site], parent: nn.Module | None) -> None:
     """Raises `TargetError` for a layer of a known type on which an adapter would be wrong or without effect."""
     reason = bypass(parent) if parent is not None else None
-    reason = reason or kind(module).objection()
     own = own_forward(base)
     if own is not None:
         reason = (
@@ -171,17 +183,61 @@ def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site]
             "its forward was replaced on this one object (accelerate's device maps do that)",
             "attach first, then dispatch: load without device_map, attach, then accelerate.dispatch_model",
         )
-    elif kind(module).raw_weight.device.type == "meta":
-        reason = ("its weight is on the meta device and has no values", "load the weights, then attach")
-    elif not kind(module).raw_weight.is_floating_point():
-        reason = (
-            f"its weight is stored as {kind(module).raw_weight.dtype}, which this version cannot train over",
-            f"load the model in bfloat16 or float32, or exclude=[{path!r}]",
-        )
+    elif reason is None:
+        reason = _weight_objection(path, module) or _taken(module, whole=False) or kind(module).objection()
     if reason is not None:
         raise TargetError(
             "this layer cannot be adapted", where=path, found=f"{base.__name__}: {reason[0]}", fix=reason[1]
         )
+
+
+def refuse_copy(path: str, modules: Modules) -> None:
+    """Raises `TargetError` for a module of which a trained copy could not act."""
+    module, parent = modules.by_path[path], modules.parents[path]
+    passed = None if parent is None else bypass(parent)
+    reason = _taken(module, whole=True) if passed is None else (passed[0], "name the module around it instead")
+    if reason is not None:
+        raise TargetError(
+            "this module cannot be saved in full",
+            where=path,
+            found=f"{plain_class(module).__name__}: {reason[0]}",
+            fix=reason[1],
+        )
+
+
+def _weight_objection(path: str, module: nn.Module) -> tuple[str, str] | None:
+    """Why the layer's weight is none to adapt, and what mends it."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return (
+            "its weight is computed from other tensors (a parametrization, a weight norm or pruning does that)",
+            "make it plain before attaching (remove_parametrizations, remove_weight_norm, prune.remove), "
+            f"or exclude=[{path!r}]",
+        )
+    if isinstance(weight, UninitializedParameter):
+        return ("its weight has no shape yet", "run the model on one example batch, then attach")
+    if weight.device.type == "meta":
+        return ("its weight is on the meta device and has no values", "load the weights, then attach")
+    if not weight.is_floating_point():
+        return (
+            f"its weight is stored as {weight.dtype}, which this version cannot train over",
+            f"load the model in bfloat16 or float32, or exclude=[{path!r}]",
+        )
+    return None
+
+
+def _taken(module: nn.Module, *, whole: bool) -> tuple[str, str] | None:
+    """Why the module has no room for an adapter, or for a full copy (`whole`), and what mends it."""
+    bank = bank_of(module)
+    if bank is None and BANK in dir(module):
+        return (f"it has an attribute named {BANK!r}, where its adapters would be kept", "rename that attribute")
+    if bank is not None and isinstance(next(iter(bank.values())), Adapter) == whole:
+        name, does = next(iter(bank)), "changes" if whole else "replaces"
+        return (
+            f"adapter {name!r} {does} it, and a module can be changed or replaced, not both",
+            f"detach {name!r} first",
+        )
+    return None
 
 
 def plan(
@@ -236,7 +292,7 @@ def saved_paths(modules: Modules, modules_to_save: Sequence[str]) -> list[str]:
     """The paths of modules to be trained in full.
 
     Raises:
-        TargetError: a name that matches no module, or one without parameters.
+        TargetError: a name that matches no module, one without parameters, or one whose forward is never called.
     """
     if not modules_to_save:
         return []
@@ -249,7 +305,10 @@ def saved_paths(modules: Modules, modules_to_save: Sequence[str]) -> list[str]:
         )
     matched = match(modules_to_save, modules.aliases, list(modules.by_path), "modules_to_save")
     paths = list(dict.fromkeys(modules.aliases[path] for path in matched))
+    # A module inside another that is saved in full is in that one's copy.
+    paths = [path for path in paths if not _inside(path, [other for other in paths if other != path])]
     for path in paths:
+        refuse_copy(path, modules)
         if not any(True for _ in modules.by_path[path].parameters()):
             raise TargetError(
                 "a module to save has no parameters",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,26 +51,37 @@ def write(folder: Path, description: Description) -> None:
     config = json.dumps(config_of(description), indent=2, sort_keys=True)
     tensors = tensors_of(description)
     metadata = {"format": "pt", CONFIG_COPY: config, CHECKSUM: _checksum(tensors)}
-    staged_config = files.stage(folder / CONFIG, lambda path: _write_bytes(path, config.encode()))
-    try:
-        staged_weights = files.stage(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-    except BaseException:
-        staged_config.unlink(missing_ok=True)
-        raise
-    files.commit(staged_weights, folder / WEIGHTS)
-    files.commit(staged_config, folder / CONFIG)
+    contents: list[tuple[Path, Callable[[Path], object]]] = [
+        (folder / WEIGHTS, lambda path: _write_tensors(path, tensors, metadata)),
+        (folder / CONFIG, lambda path: path.write_bytes(config.encode())),
+    ]
     if not (folder / CARD).exists():
-        files.write_text(folder / CARD, model_card(description))
+        contents.append((folder / CARD, lambda path: path.write_bytes(model_card(description).encode())))
+    staged: list[Path] = []
+    try:
+        for path, fill in contents:
+            staged.append(files.stage(path, fill))
+        files.commit(staged[0], folder / WEIGHTS)
+    except BaseException:
+        for left in staged:
+            left.unlink(missing_ok=True)
+        raise
+    # From here on the new adapter is what `read` finds, even if the rest never comes.
+    for temporary, (path, _) in zip(staged[1:], contents[1:], strict=True):
+        files.commit(temporary, path)
     _sweep(folder)
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # its way of passing on what the system said: disk full, quota, file too large
+        raise OSError(str(error)) from error
 
 
 def _sweep(folder: Path) -> None:
     """Removes what killed writers left, once it is too old to be a writer that is still at work."""
-    for left in folder.glob(".adapter_*.tmp"):
+    for left in (path for name in (WEIGHTS, CONFIG, CARD) for path in folder.glob(f".{name}.*.tmp")):
         try:
             if time.time() - left.stat().st_mtime > 60:
                 left.unlink()
@@ -91,7 +102,7 @@ def read(path: Path, name: str = "default") -> Stored:
     """Reads an adapter's folder; nothing is interpreted yet.
 
     Args:
-        path: the folder, or the folder that holds it under the adapter's name.
+        path: the folder, or the folder that holds it under the adapter's name (which is looked at first).
         name: the adapter's name.
 
     Raises:
@@ -130,17 +141,22 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         text = copy if pending else text
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise CheckpointError(
             "the config is no JSON",
-            where=f"{path}:{error.lineno}",
-            found=error.msg,
+            where=f"{path}{line}",
+            found=str(error),
             expected="a JSON object",
             fix="mend the file, or copy it again",
         ) from None
     if not isinstance(config, dict):
         raise CheckpointError(
-            "the config is no JSON object", where=path, found=type(config).__name__, expected="an object"
+            "the config is no JSON object",
+            where=path,
+            found=type(config).__name__,
+            expected="an object",
+            fix="copy it again",
         )
     return config
 
@@ -153,7 +169,8 @@ def _text(path: Path) -> str:
 
 
 def _locate(path: Path, name: str) -> Path:
-    for folder in (path, path / name):
+    # A folder of several adapters holds "default" itself and each other one in a sub-folder of its name.
+    for folder in (path, path / name) if name == "default" else (path / name, path):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if not path.is_dir():

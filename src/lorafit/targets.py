@@ -39,6 +39,13 @@ def pattern_list(patterns: Targets, what: str) -> list[tuple[str, Callable[[str]
                 fix=f"{what}=[{patterns!r}] if it is meant as a suffix",
             ) from None
         return [(patterns, lambda path: whole.fullmatch(path) is not None)]
+    if not isinstance(patterns, Iterable):
+        raise TargetError(
+            f"{what} is neither a string nor a list",
+            found=repr(patterns),
+            expected="a regular expression for whole module paths, or a list of suffixes",
+            fix=f'{what}="all-linear"' if what == "targets" else f"{what}=()",
+        )
     tests: list[tuple[str, Callable[[str], bool]]] = []
     for suffix in patterns:
         if not isinstance(suffix, str) or not suffix:
@@ -124,6 +131,8 @@ def suffixes_for(sites: Sequence[str], modules: Sequence[str]) -> list[str] | st
     """
     wanted = set(sites)
     tails = sorted({site.rpartition(".")[2] for site in sites})
+    if "" in wanted:  # the model itself is the layer: a list cannot say so
+        return "|".join(re.escape(site) for site in sorted(sites))
     if {module for module in modules if any(has_suffix(module, tail) for tail in tails)} == wanted:
         return tails
     if {module for module in modules if any(has_suffix(module, site) for site in sites)} == wanted:

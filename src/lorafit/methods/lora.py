@@ -110,7 +110,7 @@ class LoRA(Method):
                 found=repr(self.rslora),
                 fix="rslora=False",
             )
-        if self.init not in INITIALISERS:
+        if not isinstance(self.init, str) or self.init not in INITIALISERS:
             raise ConfigError(
                 "unknown initialiser",
                 where="LoRA.init",

@@ -1,0 +1,134 @@
+"""The head of the page: what was trained, what came of it, what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from lorafit.report import text
+from lorafit.report.records import Run
+from lorafit.report.summary import Measure, Summary
+from lorafit.report.text import escape
+
+_STATUS: Final[Mapping[str, str]] = {
+    "done": "done",
+    "interrupted": "interrupted",
+    "failed": "failed",
+    "no end": "no end recorded",
+}
+_NOWHERE: Final = Measure(step=None, loss=None, perplexity=None, accuracy=None)
+
+
+def told(values: Mapping[str, object], key: str) -> str | None:
+    """The value of a settings mapping as text; None when it is null or missing."""
+    value = values.get(key)
+    return None if value is None else text.plain(value)
+
+
+def title(run: Run) -> str:
+    """A line that names the run, as plain text."""
+    parts = [told(run.resolved, "model"), told(run.resolved, "method")]
+    return " · ".join(part for part in parts if part) or "a run without settings"
+
+
+def masthead(run: Run, summary: Summary) -> str:
+    """Status, model, method, task and data."""
+    kind = [told(run.resolved, "method"), told(run.resolved, "task"), told(run.data, "source")]
+    status = _STATUS[summary.status]
+    if summary.status != "done" and summary.last_step is not None:
+        status += f" at step {summary.last_step:,}"
+        if summary.planned_steps is not None:
+            status += f" of {text.count(summary.planned_steps)}"
+    began = run.processes[0].began
+    moment = "" if began is None else f'<time datetime="{began.isoformat()}">{_moment(run)}</time>'
+    message = None if run.end is None else run.end.message
+    tone = summary.status.replace(" ", "-")
+    return f"""
+<header class="masthead">
+  <p class="over">
+    <span>lorafit training report</span>{moment}<span class="status {tone}">{escape(status)}</span>
+  </p>
+  <h1>{escape(told(run.resolved, "model") or "Model not recorded")}</h1>
+  <p class="kind">{" · ".join(f"<span>{escape(part)}</span>" for part in kind if part)}</p>
+  {f'<p class="message">{escape(message)}</p>' if message else ""}
+</header>"""
+
+
+def _moment(run: Run) -> str:
+    began = run.processes[0].began
+    return "" if began is None else f"{began.day} {began:%B %Y, %H:%M} {began.tzname() or ''}".strip()
+
+
+def remarks(run: Run) -> str:
+    """What a reader should know of the records, if there is anything."""
+    if not run.remarks:
+        return ""
+    rows = "".join(f"<li>{escape(remark)}</li>" for remark in run.remarks)
+    return f'<aside class="remarks" aria-label="Remarks on the records"><ul>{rows}</ul></aside>'
+
+
+def headline(run: Run, summary: Summary) -> str:
+    """The result in big numbers, and what it took."""
+    time = []
+    if summary.train_seconds is not None:
+        time.append(f"{text.duration(summary.train_seconds)} of it training")
+    if len(run.processes) > 1:
+        time.append(f"{len(run.processes)} processes")
+    trained = ""
+    if summary.trainable is not None:
+        trained = f"{text.count(summary.trainable)} of {text.count(summary.total)} parameters"
+    return f"""
+<section class="headline" aria-label="Result">
+  {_result(summary)}
+  <dl class="stats">
+    {_stat("Time", text.duration(summary.seconds), ", ".join(time))}
+    {_stat("Tokens per second", text.rough(summary.tokens_per_second), "median of the logged steps")}
+    {_stat("Peak memory", text.size(summary.peak_bytes), "resident, whole process")}
+    {_stat("Trained share", text.percent(summary.share), trained)}
+  </dl>
+</section>"""
+
+
+def _stat(label: str, value: str, fine: str) -> str:
+    small = "" if value == text.NONE else f"<small>{escape(fine)}</small>"
+    return f"<div><dt>{label}</dt><dd><b>{escape(value)}</b>{small}</dd></div>"
+
+
+def _result(summary: Summary) -> str:
+    if summary.before is None and summary.after is None:
+        return """
+<div class="result"><h2>Held-out loss</h2><p class="none">not measured</p>
+<p class="fine">The run recorded no evaluation.</p></div>"""
+    before, after = summary.before or _NOWHERE, summary.after or _NOWHERE
+    change = ""
+    if summary.change is not None:
+        tone = "better" if summary.change < 0 else "worse" if summary.change > 0 else "same"
+        change = f'<span class="change {tone}">{text.percent(summary.change, signed=True)}</span>'
+    beside = ""
+    if before.perplexity is not None or after.perplexity is not None:
+        beside += _pair("Perplexity", text.rough(before.perplexity), text.rough(after.perplexity))
+    if before.accuracy is not None or after.accuracy is not None:
+        beside += _pair("Accuracy", text.percent(before.accuracy), text.percent(after.accuracy))
+    is_last = summary.status == "done"
+    return f"""
+<div class="result">
+  <h2>Held-out loss {change}</h2>
+  <p class="big">
+    {_big(before, "before", "before")}
+    <span class="arrow" aria-hidden="true">→</span>
+    {_big(after, "after", "after" if is_last else "last measured")}
+  </p>
+  <dl class="beside">{beside}</dl>
+</div>"""
+
+
+def _big(measure: Measure, tone: str, label: str) -> str:
+    if measure.loss is None:
+        return f'<span class="end {tone}"><b>{text.NONE}</b><small>{label}: not measured</small></span>'
+    step = "" if measure.step is None else f", step {measure.step:,}"
+    return f'<span class="end {tone}"><b>{text.loss(measure.loss)}</b><small>{label}{step}</small></span>'
+
+
+def _pair(label: str, before: str, after: str) -> str:
+    arrow = '<span class="arrow" aria-label="to">→</span>'
+    return f"<div><dt>{label}</dt><dd>{escape(before)} {arrow} {escape(after)}</dd></div>"

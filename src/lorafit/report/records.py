@@ -1,0 +1,227 @@
+"""The records of a run as frozen values, checked while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lorafit.report.lines import Line
+
+
+@dataclass(frozen=True)
+class Step:
+    """One logged optimizer step. What was not recorded is None.
+
+    Attributes:
+        diverged: the loss was recorded, but was not a finite number.
+    """
+
+    event: ClassVar[str] = "step"
+
+    step: int
+    epoch: float | None
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens: float | None
+    supervised_tokens: float | None
+    tokens_per_second: float | None
+    peak_rss_bytes: float | None
+    seconds: float | None
+    diverged: bool
+
+    @classmethod
+    def read(cls, line: Line) -> Step:
+        """The step that `line` records."""
+        loss = line.number("loss")
+        return cls(
+            step=line.needed("step", line.count),
+            epoch=line.number("epoch"),
+            loss=loss,
+            learning_rate=line.number("learning_rate"),
+            grad_norm=line.number("grad_norm"),
+            tokens=line.number("tokens"),
+            supervised_tokens=line.number("supervised_tokens"),
+            tokens_per_second=line.number("tokens_per_second"),
+            peak_rss_bytes=line.number("peak_rss_bytes"),
+            seconds=line.number("seconds"),
+            diverged=loss is None and "loss" in line.fields,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement on the held-out records. What was not recorded is None."""
+
+    event: ClassVar[str] = "evaluation"
+
+    step: int
+    loss: float | None
+    perplexity: float | None
+    accuracy: float | None
+    supervised_tokens: float | None
+    seconds: float | None
+
+    @classmethod
+    def read(cls, line: Line) -> Evaluation:
+        """The evaluation that `line` records."""
+        return cls(
+            step=line.needed("step", line.count),
+            loss=line.number("loss"),
+            perplexity=line.number("perplexity"),
+            accuracy=line.number("accuracy"),
+            supervised_tokens=line.number("supervised_tokens"),
+            seconds=line.number("seconds"),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model made of one prompt, before or after the training."""
+
+    event: ClassVar[str] = "sample"
+
+    phase: str
+    index: int
+    prompt: str
+    output: str
+    gold: str | None
+
+    @classmethod
+    def read(cls, line: Line) -> Sample:
+        """The sample that `line` records."""
+        return cls(
+            phase=line.choice("phase", ("before", "after")),
+            index=line.needed("index", line.count),
+            prompt=line.needed("prompt", line.text),
+            output=line.needed("output", line.text),
+            gold=line.text("gold"),
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with its reference and the outputs before and after the training, where there are any."""
+
+    index: int
+    prompt: str
+    gold: str | None
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint or an adapter that was written."""
+
+    event: ClassVar[str] = "saved"
+
+    step: int
+    path: str | None
+
+    @classmethod
+    def read(cls, line: Line) -> Saved:
+        """The saving that `line` records."""
+        return cls(step=line.needed("step", line.count), path=line.text("path"))
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended. What was not recorded is None."""
+
+    event: ClassVar[str] = "end"
+
+    status: str
+    steps: int | None
+    seconds: float | None
+    train_seconds: float | None
+    peak_rss_bytes: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    adapter: str | None
+    message: str | None
+
+    @classmethod
+    def read(cls, line: Line) -> End:
+        """The end that `line` records."""
+        return cls(
+            status=line.choice("status", ("done", "interrupted", "failed")),
+            steps=line.count("steps"),
+            seconds=line.number("seconds"),
+            train_seconds=line.number("train_seconds"),
+            peak_rss_bytes=line.number("peak_rss_bytes"),
+            eval_loss_before=line.number("eval_loss_before"),
+            eval_loss_after=line.number("eval_loss_after"),
+            adapter=line.text("adapter"),
+            message=line.text("message"),
+        )
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: the first, or one that resumed it.
+
+    Attributes:
+        run: the identity of the run.
+        command: the command line.
+        resumed_from_step: the step of the checkpoint that it went on from; 0 for a fresh start.
+        began: when.
+        seconds: how long, up to its end or, when it has none, to its last record.
+        last_step: the last step that it recorded; None when there is none.
+        end: how it ended; None when it was killed or still runs.
+    """
+
+    event: ClassVar[str] = "run"
+
+    run: str | None
+    command: str | None
+    resumed_from_step: int
+    began: datetime | None
+    seconds: float | None
+    last_step: int | None
+    end: End | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run, as its records tell it.
+
+    Attributes:
+        path: the records file.
+        processes: the first process and those that resumed it.
+        config: the settings as given (flat).
+        resolved: what the run made of them.
+        environment: where the last process ran.
+        data: what was learned from.
+        steps: the logged steps in order, each once.
+        evaluations: the held-out measurements in order, each step once.
+        pairs: the samples, by index.
+        saved: what was written, in order.
+        remarks: what a reader of the report should know of the records.
+    """
+
+    path: Path
+    processes: tuple[Process, ...]
+    config: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    data: Mapping[str, Any]
+    steps: tuple[Step, ...]
+    evaluations: tuple[Evaluation, ...]
+    pairs: tuple[Pair, ...]
+    saved: tuple[Saved, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def end(self) -> End | None:
+        """How the last process ended; None when it was killed or still runs."""
+        return self.processes[-1].end
+
+    @property
+    def resumes(self) -> tuple[int, ...]:
+        """The steps that the run was resumed from, each once."""
+        steps = (process.resumed_from_step for process in self.processes)
+        return tuple(sorted({step for step in steps if step}))

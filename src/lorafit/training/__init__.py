@@ -1,0 +1,1 @@
+"""Fine-tuning runs: configuration, data, the loop and its records."""

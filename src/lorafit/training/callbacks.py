@@ -1,0 +1,135 @@
+"""What happens beside the steps of a run: records, a progress bar, and an orderly stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafit.training.record import Recorder, peak_rss_bytes
+from lorafit.training.trainer import Meter
+
+Notify = Callable[[str], object]
+
+
+class Recording(TrainerCallback):
+    """Writes steps, evaluations and checkpoints into the records."""
+
+    def __init__(self, recorder: Recorder, meter: Meter) -> None:
+        self._recorder = recorder
+        self._meter = meter
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._meter.start()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._meter.stop()
+        self._meter.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._meter.stop()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if "eval_loss" in logs:
+            fields = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+            self._recorder.write("evaluation", step=state.global_step, **fields)
+        elif "loss" in logs:
+            kept = {key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm")}
+            self._recorder.write(
+                "step",
+                step=state.global_step,
+                epoch=state.epoch,
+                **kept,
+                **self._meter.read(),
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._recorder.write("saved", step=state.global_step, path=f"checkpoint-{state.global_step}")
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C (and SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self, notify: Notify) -> None:
+        self._notify = notify
+        self._before: dict[int, Any] = {}
+        self.requested = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._notify("stopping after this step, and saving; once more to stop at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class Bar(TrainerCallback):
+    """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" in logs:
+            figures = f"loss {logs['loss']:.3f}"
+            if self._progress is not None:
+                self._progress.update(self._task, completed=state.global_step, figures=figures)
+            elif state.global_step % max(1, state.max_steps // 10) == 0:
+                self._console.print(f"step {state.global_step} of {state.max_steps}: {figures}")
+        elif "eval_loss" in logs:
+            self._console.print(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the terminal as it was, whatever ended the run."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,247 @@
+"""The settings of a run: one schema, strict, with the neighbours' spellings accepted and named.
+
+A setting is written flat, wherever it comes from (flags, ``--set``, a YAML file, Python): `resolve` sorts the names
+into the schema's own, the method's fields and arguments of `transformers.TrainingArguments`, and refuses every other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from lorafit.errors import ConfigError, nearest
+from lorafit.training.aliases import ALIASES
+
+Task = Literal["auto", "causal-lm", "sequence-classification"]
+Layer = tuple[str, Mapping[str, Any]]
+"""Where settings come from, for errors ("run.yaml", "--set"), and the settings."""
+
+RESERVED: Mapping[str, str] = {
+    "do_eval": "evaluation follows from eval_data and eval_split",
+    "do_predict": "use `lorafit eval`",
+    "do_train": "`lorafit train` trains",
+    "label_names": "the data decide",
+    "local_rank": "the launcher sets it",
+    "optim_target_modules": "use targets",
+    "prediction_loss_only": "evaluation needs the loss alone",
+    "remove_unused_columns": "the data hold no column that is not used",
+    "resume_from_checkpoint": "the same command resumes by itself",
+    "train_sampling_strategy": "batches are made of records of similar length",
+}
+"""Training arguments that are not the user's to set here, and why."""
+
+DEFAULT_TRAINING: Mapping[str, Any] = {
+    "eval_strategy": "epoch",
+    "logging_steps": 1,
+    "lr_scheduler_type": "linear",
+    "num_train_epochs": 1.0,
+    "per_device_eval_batch_size": 16,
+    "per_device_train_batch_size": 8,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+}
+"""What differs from the defaults of `TrainingArguments`."""
+
+
+class Settings(BaseModel):
+    """Everything that a run depends on.
+
+    Attributes:
+        model: a directory or a hub name; None is the embedded SmolLM2-135M-Instruct.
+        data: a file, a directory or a hub name; None is the embedded questions on Python's standard library.
+        data_split: the split of a hub data set.
+        eval_data: held-out data; None holds out `eval_split` of `data`.
+        eval_data_split: its split.
+        eval_split: share (0.1) or number (200) of the records to hold out.
+        eval_limit: evaluate on so many of the held-out records at most, evenly chosen; None is all.
+        columns: role → column, where the columns go by other names.
+        group: a column whose groups the split keeps whole.
+        task: "causal-lm", "sequence-classification", or "auto": what the records are.
+        max_length: tokens of the longest sequence; longer ones are cut, and counted.
+        method: a name of `lorafit.METHODS`.
+        method_options: the fields of the method: r, alpha, dropout, …
+        targets, exclude, rank_pattern, alpha_pattern, modules_to_save: as for `lorafit.attach`.
+        output_dir: where the run lives; the same command goes on there.
+        seed: of the split, the initial values, the order of the data and dropout.
+        dtype: of the base model; "auto" is bfloat16 where the hardware has it, else float32. Adapters are float32.
+        samples: so many held-out questions are answered before and after.
+        max_new_tokens: length of those answers.
+        training: arguments of `transformers.TrainingArguments`, by their own names.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    data: str | None = None
+    data_split: str | None = None
+    eval_data: str | None = None
+    eval_data_split: str | None = None
+    eval_split: int | float | None = Field(default=None, gt=0)
+    eval_limit: int | None = Field(default=None, ge=1)
+    columns: dict[str, str] | None = None
+    group: str | None = None
+    task: Task = "auto"
+    max_length: int = Field(default=1024, ge=2)
+    method: str = "lora"
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    targets: str | list[str] = "all-linear"
+    exclude: str | list[str] = Field(default_factory=list)
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] = Field(default_factory=list)
+    output_dir: str = ""
+    seed: int = Field(default=42, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    samples: int = Field(default=4, ge=0)
+    max_new_tokens: int = Field(default=48, ge=1)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder: `output_dir`, or one named after data and method."""
+        if self.output_dir:
+            return Path(self.output_dir)
+        stem = "python-qa" if self.data is None else Path(self.data).name.partition(".")[0] or "data"
+        return Path("runs") / f"{stem}-{self.method}"
+
+
+def own_fields() -> list[str]:
+    """The names that the schema itself has for single settings."""
+    return [name for name in Settings.model_fields if name not in ("method_options", "training")]
+
+
+def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: None) -> Settings:
+    """One set of settings from several sources; later ones win.
+
+    Args:
+        layers: (origin, flat settings), weakest first.
+        notify: is told once for each setting that came under a neighbour's name.
+
+    Raises:
+        ConfigError: an unknown setting (with near names), two spellings of one in the same source, or a value of the
+            wrong type or out of range; names the source and the key.
+    """
+    from lorafit.methods import METHODS
+
+    merged: dict[str, tuple[Any, str]] = {}
+    for origin, values in layers:
+        merged.update(_renamed(origin, values, notify))
+    name, origin = merged.get("method", ("lora", "the default"))
+    canonical = str(name).replace("_", "-")
+    if canonical not in METHODS:
+        raise ConfigError(
+            "unknown method",
+            where=f"{origin}: method",
+            found=repr(name),
+            expected=f"one of {', '.join(METHODS)}",
+            near=nearest(canonical, METHODS),
+            fix="method: lora",
+        )
+    merged["method"] = (canonical, origin)
+    own, options, training = _sorted(merged, METHODS[canonical])
+    try:
+        settings = Settings(**own, method_options=options, training={**DEFAULT_TRAINING, **training})
+    except ValidationError as error:
+        raise _schema_error(error, merged) from None
+    METHODS[canonical](**options)
+    return settings
+
+
+def _renamed(origin: str, values: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, tuple[Any, str]]:
+    seen: dict[str, str] = {}
+    renamed: dict[str, tuple[Any, str]] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        canonical = ALIASES.get(name, name)
+        if canonical in seen:
+            raise ConfigError(
+                "one setting is given under two names",
+                where=origin,
+                found=f"{seen[canonical]} and {key}",
+                expected=f"{canonical}, once",
+                fix=f"remove {key}",
+            )
+        seen[canonical] = str(key)
+        if canonical != name:
+            notify(f"{key} is called {canonical} here")
+        renamed[canonical] = (value, origin)
+    return renamed
+
+
+def _sorted(
+    merged: Mapping[str, tuple[Any, str]], method: type[Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    from transformers import TrainingArguments
+
+    own_names = set(own_fields())
+    method_types = _types(method)
+    training_types = _types(TrainingArguments)
+    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for name, (value, origin) in merged.items():
+        if name in own_names:
+            own[name] = value
+        elif name in method_types:
+            options[name] = _coerced(name, value, method_types[name], origin)
+        elif name in RESERVED:
+            raise ConfigError(
+                f"{name} is not yours to set here",
+                where=f"{origin}: {name}",
+                found=repr(value),
+                expected=RESERVED[name],
+                fix=f"remove {name}",
+            )
+        elif name in training_types:
+            training[name] = _coerced(name, value, training_types[name], origin)
+        else:
+            known = {*own_names, *method_types, *ALIASES, *training_types} - set(RESERVED)
+            raise ConfigError(
+                "unknown setting",
+                where=f"{origin}: {name}",
+                found=repr(name),
+                expected=f"a setting of lorafit, of {method.__name__} or of transformers.TrainingArguments",
+                near=nearest(name, known),
+                fix=f"write {next(iter(nearest(name, known)))!r}" if nearest(name, known) else f"remove {name!r}",
+            )
+    return own, options, training
+
+
+def _types(kind: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _coerced(name: str, value: Any, kind: Any, origin: str) -> Any:
+    try:
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(
+            "a setting has a value of the wrong type",
+            where=f"{origin}: {name}",
+            found=repr(value),
+            expected=error.errors()[0]["msg"],
+            fix=f"mend {name}",
+        ) from None
+
+
+def _schema_error(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> ConfigError:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    origin = merged[name][1] if name in merged else "the settings"
+    return ConfigError(
+        "a setting has a value it cannot have",
+        where=f"{origin}: {'.'.join(map(str, first['loc']))}",
+        found=repr(first["input"]),
+        expected=first["msg"],
+        fix=f"mend {name}",
+    )

@@ -1,0 +1,150 @@
+"""The folder of a run: whose it is, where it stands, and what it was left with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit import files
+from lorafit.errors import ConfigError, some
+from lorafit.training.config import Settings
+
+SETTINGS = "settings.json"
+RECORDS = "records.jsonl"
+REPORT = "report.html"
+ADAPTER = "adapter"
+RESULT = "result.json"
+DATA = "data.json"
+COMPLETE = "complete.json"
+
+FREE = frozenset({"output_dir", "samples", "max_new_tokens"})
+FREE_TRAINING = frozenset(
+    {"report_to", "run_name", "project", "save_steps", "save_total_limit", "save_strategy", "dataloader_num_workers"}
+)
+"""Settings that may differ when a run goes on: they do not enter what it computes."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder that is this run's own."""
+
+    path: Path
+
+    @property
+    def records(self) -> Path:
+        """The JSONL file of records."""
+        return self.path / RECORDS
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / REPORT
+
+    @property
+    def adapter(self) -> Path:
+        """The finished adapter."""
+        return self.path / ADAPTER
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run found, or None while it is not finished."""
+        path = self.path / RESULT
+        if not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
+
+    def first_evaluation(self) -> float | None:
+        """The held-out loss before the first step, as the records have it; None if they do not."""
+        if not self.records.is_file():
+            return None
+        for line in self.records.read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that a kill cut off
+            if record.get("event") == "evaluation" and record.get("step") == 0:
+                loss: float | None = record.get("loss")
+                return loss
+        return None
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises `ConfigError` if the run was begun with other data than these."""
+        path = self.path / DATA
+        if not path.is_file():
+            files.write_text(path, json.dumps({"sha256": fingerprint}))
+            return
+        known = json.loads(path.read_text())["sha256"]
+        if known != fingerprint:
+            raise ConfigError(
+                "the data are not those that this run was begun with",
+                where=self.path,
+                found=fingerprint[:12],
+                expected=known[:12],
+                fix="put the data back as they were, or choose another output_dir",
+            )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as finished."""
+        files.write_text(self.path / RESULT, json.dumps(result, indent=2))
+
+    def checkpoint(self, notify: Callable[[str], object]) -> Path | None:
+        """The newest whole checkpoint, or None. Those that a kill cut off are removed, and named."""
+        whole: list[tuple[int, Path]] = []
+        for folder in self.path.glob("checkpoint-*"):
+            step = folder.name.removeprefix("checkpoint-")
+            if not step.isdigit() or not folder.is_dir():
+                continue
+            if (folder / COMPLETE).is_file():
+                whole.append((int(step), folder))
+            else:
+                notify(f"{folder.name} was cut off while it was written; it is removed")
+                shutil.rmtree(folder)
+        return max(whole)[1] if whole else None
+
+
+def open_folder(settings: Settings) -> RunFolder:
+    """Makes the folder of a run, or finds it if it is this very run's.
+
+    Raises:
+        ConfigError: the folder is another run's (names what differs), or holds something else.
+    """
+    path = settings.folder
+    mine = json.loads(json.dumps(settings.model_dump()))
+    kept = path / SETTINGS
+    if kept.is_file():
+        theirs = json.loads(kept.read_text())
+        different = _differences(theirs, mine)
+        if different:
+            raise ConfigError(
+                "this is the output directory of another run",
+                where=path,
+                found=some(different, 4),
+                expected="the same settings, to go on with that run",
+                fix=f"choose another output_dir, or remove {path}",
+            )
+        return RunFolder(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            "the output directory holds something else",
+            where=path,
+            found=some(sorted(child.name for child in path.iterdir()), 3) if path.is_dir() else "a file",
+            expected="a new or empty directory, or that of the same run",
+            fix="choose another output_dir",
+        )
+    files.write_text(kept, json.dumps(mine, indent=2))
+    return RunFolder(path)
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    rows = []
+    for part, free in (((), FREE), (("training",), FREE_TRAINING), (("method_options",), frozenset[str]())):
+        old = theirs if not part else theirs.get(part[0], {})
+        new = mine if not part else mine.get(part[0], {})
+        for key in sorted({*old, *new} - free - {"training", "method_options"}):
+            if old.get(key) != new.get(key):
+                rows.append(f"{key} was {old.get(key)!r} and is {new.get(key)!r}")
+    return rows

@@ -1,0 +1,138 @@
+"""What a run needs before its first step: arguments, data, tokenizer, model, objective; what fails early is first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lorafit.errors import ConfigError
+from lorafit.training.batches import Collator, LabelCollator
+from lorafit.training.config import Settings
+from lorafit.training.data import Data, DataSettings, LabelledData, load_data, load_examples, load_labelled_data
+from lorafit.training.embedded_data import embedded_data_path
+from lorafit.training.examples import Labelled
+from lorafit.training.loss import SupervisedLoss
+from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer, locate
+from lorafit.training.objectives import Classes, NextToken, Objective
+from lorafit.training.sequences import Sample
+
+Notify = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Model, data and objective of one run.
+
+    Attributes:
+        model: the base model, plain.
+        tokenizer: its tokenizer.
+        located: where the model is and what it is called.
+        data: training and held-out records, encoded.
+        samples: held-out questions to answer before and after (none for a classifier).
+        objective: what is minimised.
+        collator: makes batches.
+        head: modules that the checkpoint did not hold and that are therefore trained in full.
+        fingerprint: of the encoded data, so that a run does not go on with others.
+    """
+
+    model: Any
+    tokenizer: Any
+    located: Located
+    data: Data | LabelledData
+    samples: list[Sample]
+    objective: Objective
+    collator: Collator | LabelCollator
+    head: list[str]
+    fingerprint: str
+
+
+def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
+    """The arguments of `transformers.Trainer`. Raises `ConfigError` where they do not go together."""
+    options = dict(settings.training)
+    if "learning_rate" not in options:
+        options["learning_rate"] = 0.0  # decided when the model's width is known
+    evaluates = settings.eval_data is not None or settings.eval_split is not None or settings.data is None
+    if not evaluates:
+        options["eval_strategy"] = "no"
+    try:
+        return TrainingArguments(
+            output_dir=str(output_dir),
+            seed=settings.seed,
+            data_seed=settings.seed,
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            remove_unused_columns=False,
+            **options,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"the training arguments do not go together: {str(error).splitlines()[0]}",
+            where="transformers.TrainingArguments",
+            fix="see the message; the names are those of TrainingArguments",
+        ) from error
+
+
+def data_settings(settings: Settings) -> DataSettings:
+    data, held, columns = settings.data, settings.eval_data, settings.columns
+    if data is None:
+        data = str(embedded_data_path("train"))
+        if held is None and settings.eval_split is None:
+            held = str(embedded_data_path("eval"))
+    return DataSettings(
+        data=data,
+        data_split=settings.data_split,
+        eval_data=held,
+        eval_data_split=settings.eval_data_split,
+        eval_split=settings.eval_split,
+        seed=settings.seed,
+        columns=columns,
+        group=settings.group,
+    )
+
+
+def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) -> Task:
+    """Data first: what is wrong with them shows before a model is loaded.
+
+    Raises:
+        DataError: the data cannot be read, recognised or learned from.
+        ConfigError: there is no such model.
+    """
+    located = locate(settings.model, notify)
+    tokenizer = load_tokenizer(located)
+    data = _load(settings, tokenizer)
+    for sentence in data.announcements:
+        notify(sentence)
+    dtype = choose_dtype(settings.dtype, arguments.device)
+    pad = tokenizer.pad_token_id
+    fingerprint = _fingerprint(data)
+    if isinstance(data, Data):
+        model = load_causal(located, dtype)
+        loss = NextToken(SupervisedLoss.prepare(model))
+        return Task(model, tokenizer, located, data, data.samples, loss, Collator(pad), [], fingerprint)
+    model, head = load_classifier(located, dtype, data.labels, pad)
+    if head:
+        notify(f"new in this model, and trained in full: {', '.join(head)}")
+    return Task(model, tokenizer, located, data, [], Classes(), LabelCollator(pad), head, fingerprint)
+
+
+def _load(settings: Settings, tokenizer: Any) -> Data | LabelledData:
+    wanted = data_settings(settings)
+    loaded = load_examples(wanted)
+    labelled = isinstance(loaded.train[0], Labelled)
+    if settings.task == "sequence-classification" or (settings.task == "auto" and labelled):
+        return load_labelled_data(wanted, tokenizer, max_length=settings.max_length, loaded=loaded)
+    return load_data(wanted, tokenizer, max_length=settings.max_length, samples=settings.samples, loaded=loaded)
+
+
+def _fingerprint(data: Data | LabelledData) -> str:
+    digest = hashlib.sha256()
+    for one in [*data.train, *data.eval]:
+        digest.update(json.dumps([list(one.input_ids), one.where]).encode())
+    return digest.hexdigest()

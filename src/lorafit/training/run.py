@@ -1,0 +1,350 @@
+"""One run from settings to adapter: `train` does what `lorafit train` and `lorafit demo` show."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+from rich.console import Console
+from torch.utils.data import Dataset
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+
+from lorafit.handle import Handle
+from lorafit.inject import attach
+from lorafit.methods import METHODS
+from lorafit.training.answers import answers
+from lorafit.training.callbacks import Bar, Interrupt, Recording
+from lorafit.training.config import Settings
+from lorafit.training.folder import RunFolder, open_folder
+from lorafit.training.models import default_rate
+from lorafit.training.prepare import Task, prepare, training_arguments
+from lorafit.training.record import Recorder, environment, peak_rss_bytes
+from lorafit.training.trainer import AdapterTrainer
+
+Notify = Callable[[str], object]
+
+COST_OF_A_STEP = 2.2
+"""A training step in forward passes of its tokens: the gradient of the input costs one more, adapters the rest."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One held-out question and its answers."""
+
+    prompt: str
+    gold: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        status: "done", "interrupted", or "already done" for a run that was finished before.
+        folder: where everything is.
+        adapter: the finished adapter (a checkpoint, if interrupted).
+        steps: optimizer steps done in all.
+        eval_before, eval_after: held-out loss in nats per prediction, None without held-out data.
+        train_seconds: time in steps, in this process.
+        seconds: time in all, in this process.
+        peak_rss_bytes: peak memory of this process.
+        shown: questions answered before and after.
+    """
+
+    status: str
+    folder: RunFolder
+    adapter: Path
+    steps: int
+    eval_before: float | None
+    eval_after: float | None
+    train_seconds: float
+    seconds: float
+    peak_rss_bytes: int
+    shown: tuple[Shown, ...]
+
+
+def train(settings: Settings, *, command: str, notify: Notify, console: Console) -> Outcome:
+    """Trains one adapter, or goes on with a run that was interrupted.
+
+    Args:
+        settings: everything the run depends on.
+        command: how the user asked for it, for the records.
+        notify: is told, line by line, what is found and decided.
+        console: for the progress bar.
+
+    Returns:
+        The outcome. In `settings.folder` are then records.jsonl, adapter/, checkpoint-*/ and settings.json.
+
+    Raises:
+        LorafitError: settings, data, model or folder do not do; nothing that was there is lost.
+    """
+    return _Run(settings, command, notify, console).execute()
+
+
+@final
+class _Records(Dataset[Any]):
+    """Encoded records, as a loader takes them."""
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._records[index]
+
+
+@final
+class _Run:
+    """The steps of one run, in order, and what they share."""
+
+    def __init__(self, settings: Settings, command: str, notify: Notify, console: Console) -> None:
+        self.settings = settings
+        self.command = command
+        self.notify = notify
+        self.console = console
+        self.started = time.perf_counter()
+        self.folder = open_folder(settings)
+        self.recorder = Recorder(self.folder.records)
+        self.checkpoint: Path | None = None
+
+    def execute(self) -> Outcome:
+        done = self.folder.result()
+        if done is not None:
+            self.notify(f"this run is finished already: {self.folder.path}")
+            return self._finished(done)
+        self.checkpoint = self.folder.checkpoint(self.notify)
+        self.recorder.write("run", run=uuid.uuid4().hex[:12], command=self.command, resumed_from_step=self._step())
+        try:
+            return self._train()
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.recorder.write("end", status=status, message=f"{type(error).__name__}: {error}")
+            raise
+
+    def _step(self) -> int:
+        return 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+
+    def _train(self) -> Outcome:
+        arguments = training_arguments(self.settings, self.folder.path)
+        task = prepare(self.settings, arguments, self.notify)
+        self.folder.check_data(task.fingerprint)
+        handle = self._attach(task)
+        if "learning_rate" not in self.settings.training:
+            arguments.learning_rate = default_rate(task.model.config.hidden_size)
+            self.notify(f"learning rate {arguments.learning_rate:.2g}, from the model's width; --learning-rate sets it")
+        trainer = self._trainer(task, handle, arguments)
+        self._announce(task, handle, trainer)
+        before = self._first_evaluation(trainer)
+        self._estimate(task, trainer)
+        first = self._first_answers(task, handle)
+        interrupt, bar = Interrupt(self.notify), Bar(self.console)
+        for callback in (Recording(self.recorder, trainer.meter), interrupt, bar):
+            trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        finally:
+            bar.close()
+            interrupt.restore()
+        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+            return self._interrupted(trainer, before)
+        return self._done(task, handle, trainer, before, first)
+
+    def _attach(self, task: Task) -> Handle:
+        settings = self.settings
+        head = [path for path in task.head if path not in settings.modules_to_save]
+        return attach(
+            task.model,
+            METHODS[settings.method](**settings.method_options),
+            settings.targets,
+            exclude=settings.exclude,
+            rank_pattern=settings.rank_pattern,
+            alpha_pattern=settings.alpha_pattern,
+            modules_to_save=[*settings.modules_to_save, *head],
+            seed=settings.seed,
+        )
+
+    def _trainer(self, task: Task, handle: Handle, arguments: Any) -> AdapterTrainer:
+        held = _limited(task.data.eval, self.settings.eval_limit)
+        trainer = AdapterTrainer(
+            handle=handle,
+            objective=task.objective,
+            lengths=[len(one) for one in task.data.train],
+            base_model=task.located.name,
+            model=task.model,
+            args=arguments,
+            train_dataset=_Records(task.data.train),
+            eval_dataset=_Records(held) if held else None,
+            data_collator=task.collator,
+            processing_class=task.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        return trainer
+
+    def _announce(self, task: Task, handle: Handle, trainer: AdapterTrainer) -> None:
+        arguments, settings = trainer.args, self.settings
+        size, steps = trainer.records_per_step(), trainer.planned_steps()
+        self.notify(handle.summary())
+        self.notify(
+            f"{steps:,} steps of {size} records, learning rate {arguments.learning_rate:.2g}, "
+            f"{arguments.lr_scheduler_type.value} schedule; {task.objective.description}"
+        )
+        if self.checkpoint is not None:
+            self.notify(f"goes on from step {self._step()}")
+        resolved = {
+            "model": task.located.name,
+            "method": settings.method,
+            **handle.method.settings(),
+            "learning_rate": arguments.learning_rate,
+            "sites": len(handle.sites),
+            "trainable": handle.num_trainable,
+            "total": handle.num_total,
+            "share": handle.num_trainable / handle.num_total,
+            "train_steps": steps,
+            "task": task.objective.task_type,
+        }
+        self.recorder.write("config", config=settings.model_dump(), resolved=resolved)
+        self.recorder.write(
+            "environment", **environment(arguments.device, next(task.model.parameters()).dtype, settings.seed)
+        )
+        self.recorder.write("data", **task.data.info)
+
+    def _first_evaluation(self, trainer: AdapterTrainer) -> float | None:
+        """The held-out loss before the first step: measured once, remembered when the run goes on."""
+        if trainer.eval_dataset is None:
+            return None
+        known = self.folder.first_evaluation()
+        if known is not None and self.checkpoint is not None:
+            return known
+        metrics = trainer.evaluate()
+        self.recorder.write(
+            "evaluation", step=0, **{key.removeprefix("eval_"): value for key, value in metrics.items()}
+        )
+        self.notify(f"held-out loss before training: {metrics['eval_loss']:.3f}")
+        return metrics["eval_loss"]
+
+    def _estimate(self, task: Task, trainer: AdapterTrainer) -> None:
+        """Says how long training will take, from the measured speed of a forward pass."""
+        rate = trainer.forward_rate()
+        steps = trainer.planned_steps() - self._step()
+        per_record = sum(map(len, task.data.train)) / len(task.data.train)
+        seconds = steps * trainer.records_per_step() * per_record * COST_OF_A_STEP / rate
+        self.notify(f"training will take about {_duration(seconds)} (from {rate:,.0f} tokens/s in evaluation)")
+
+    def _first_answers(self, task: Task, handle: Handle) -> list[str]:
+        with handle.disabled():
+            made = answers(task.model, task.tokenizer, task.samples, self.settings.max_new_tokens)
+        if self.checkpoint is None:
+            self._record_answers(task, made, "before")
+        return made
+
+    def _record_answers(self, task: Task, made: Sequence[str], phase: str) -> None:
+        for index, (sample, output) in enumerate(zip(task.samples, made, strict=True)):
+            self.recorder.write(
+                "sample", phase=phase, index=index, prompt=sample.prompt, output=output, gold=sample.gold
+            )
+
+    def _interrupted(self, trainer: AdapterTrainer, before: float | None) -> Outcome:
+        step = trainer.state.global_step
+        path = self.folder.path / f"checkpoint-{step}"
+        outcome = self._outcome("interrupted", path, trainer, before, None, ())
+        self.recorder.write("end", **_figures(outcome), adapter=path.name, message="stopped by the user")
+        return outcome
+
+    def _done(
+        self, task: Task, handle: Handle, trainer: AdapterTrainer, before: float | None, first: Sequence[str]
+    ) -> Outcome:
+        after = None
+        if trainer.eval_dataset is not None:
+            evaluated = trainer.last_evaluated == trainer.state.global_step
+            after = trainer.last_loss if evaluated else trainer.evaluate()["eval_loss"]
+        last = answers(task.model, task.tokenizer, task.samples, self.settings.max_new_tokens)
+        self._record_answers(task, last, "after")
+        handle.save(self.folder.adapter, base_model=task.located.name, task_type=task.objective.task_type)
+        task.tokenizer.save_pretrained(self.folder.adapter)
+        shown = tuple(
+            Shown(sample.prompt, sample.gold, old, new)
+            for sample, old, new in zip(task.samples, first, last, strict=True)
+        )
+        outcome = self._outcome("done", self.folder.adapter, trainer, before, after, shown)
+        self.recorder.write("end", **_figures(outcome), adapter=self.folder.adapter.name, message="")
+        self.folder.finish({**_figures(outcome), "shown": [asdict(one) for one in shown]})
+        return outcome
+
+    def _outcome(
+        self,
+        status: str,
+        adapter: Path,
+        trainer: AdapterTrainer,
+        before: float | None,
+        after: float | None,
+        shown: tuple[Shown, ...],
+    ) -> Outcome:
+        return Outcome(
+            status=status,
+            folder=self.folder,
+            adapter=adapter,
+            steps=trainer.state.global_step,
+            eval_before=before,
+            eval_after=after,
+            train_seconds=trainer.meter.total_seconds,
+            seconds=time.perf_counter() - self.started,
+            peak_rss_bytes=peak_rss_bytes(),
+            shown=shown,
+        )
+
+    def _finished(self, done: dict[str, Any]) -> Outcome:
+        return Outcome(
+            status="already done",
+            folder=self.folder,
+            adapter=self.folder.adapter,
+            steps=done["steps"],
+            eval_before=done["eval_loss_before"],
+            eval_after=done["eval_loss_after"],
+            train_seconds=done["train_seconds"],
+            seconds=done["seconds"],
+            peak_rss_bytes=done["peak_rss_bytes"],
+            shown=tuple(Shown(**one) for one in done["shown"]),
+        )
+
+
+def _duration(seconds: float) -> str:
+    """A length of time as one says it.
+
+    >>> _duration(42), _duration(150), _duration(7300)
+    ('42 s', '2 min 30 s', '2 h 01 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "status": outcome.status,
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+        "train_seconds": outcome.train_seconds,
+        "peak_rss_bytes": outcome.peak_rss_bytes,
+        "eval_loss_before": outcome.eval_before,
+        "eval_loss_after": outcome.eval_after,
+    }
+
+
+def _limited(records: Sequence[Any], limit: int | None) -> Sequence[Any]:
+    """At most `limit` of the records, evenly spaced."""
+    if limit is None or limit >= len(records):
+        return records
+    return [records[place * len(records) // limit] for place in range(limit)]

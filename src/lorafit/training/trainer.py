@@ -1,0 +1,213 @@
+"""`transformers.Trainer` around an adapter: its loop, our optimizer, loss, order of data, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from lorafit import files
+from lorafit.checkpoint import reload
+from lorafit.errors import TrainingError
+from lorafit.handle import Handle
+from lorafit.training.batches import LengthBucketSampler
+from lorafit.training.folder import COMPLETE
+from lorafit.training.objectives import Objective
+
+
+class Meter:
+    """Counts tokens and seconds of training since it was last read."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.supervised = 0
+        self.seconds = 0.0
+        self.total_seconds = 0.0
+        self.total_tokens = 0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """A step begins."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """The step is over."""
+        if self._started is not None:
+            passed = time.perf_counter() - self._started
+            self.seconds += passed
+            self.total_seconds += passed
+            self._started = None
+
+    def count(self, tokens: int, supervised: int) -> None:
+        """A batch went through."""
+        self.tokens += tokens
+        self.supervised += supervised
+        self.total_tokens += tokens
+
+    def read(self) -> dict[str, Any]:
+        """The figures since the last reading, which are then set to zero."""
+        rate = self.tokens / self.seconds if self.seconds else None
+        figures = {
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "tokens_per_second": rate,
+            "seconds": self.seconds,
+        }
+        self.tokens = self.supervised = 0
+        self.seconds = 0.0
+        return figures
+
+
+class AdapterTrainer(Trainer):
+    """Trains one adapter of a model.
+
+    Args:
+        handle: the adapter.
+        objective: what is minimised.
+        lengths: tokens of each training record.
+        base_model: the base model's name, for the adapter's files.
+        options: what `transformers.Trainer` takes.
+    """
+
+    loss_is_scaled_for_ga = True
+    optimizer: torch.optim.Optimizer | None
+    control: Any
+
+    def __init__(
+        self, *, handle: Handle, objective: Objective, lengths: Sequence[int], base_model: str, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.handle = handle
+        self.objective = objective
+        self.meter = Meter()
+        self.last_evaluated = -1
+        self.last_rate = math.nan
+        self.last_loss = math.nan
+        self._lengths = lengths
+        self._base_model = base_model
+        # Makes Trainer count the supervised tokens of all accumulated batches, by which the loss is then divided.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = objective.task_type == "CAUSAL_LM"
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rate = options.pop("lr")
+            optimizer = self.handle.optimizer(kind, lr=rate, weight_decay=self.args.weight_decay, **options)
+            self.optimizer = optimizer
+            return optimizer
+        kept: torch.optim.Optimizer = self.optimizer
+        return kept
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        self.meter.count(int(inputs["attention_mask"].sum()), self.objective.counted(inputs))
+        loss = self.objective.loss(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss.detach()):
+            raise TrainingError(
+                "the loss is not finite",
+                where=f"step {self.state.global_step + 1}",
+                found=loss.item(),
+                expected="a finite loss",
+                fix="lower the learning rate or warm up for longer (warmup_steps); in float16, use bfloat16 instead",
+            )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean over held-out predictions (not over batches), added up over processes."""
+        started = time.perf_counter()
+        loader = self.get_eval_dataloader(eval_dataset)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        tokens = 0
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        try:
+            # A loader draws from torch's generator: evaluating must not change what training draws next.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for batch in loader:
+                    tokens += int(batch["attention_mask"].sum())
+                    with self.accelerator.autocast():
+                        tally = self.objective.tally(model, self._prepare_inputs(batch))
+                    sums += tally.stacked().to(sums.device)
+        finally:
+            model.train(was_training)
+        total, count, correct = self.accelerator.reduce(sums, "sum").tolist()
+        loss = total / count
+        self.last_evaluated, self.last_loss = self.state.global_step, loss
+        seconds = time.perf_counter() - started
+        self.last_rate = tokens / seconds
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
+            f"{metric_key_prefix}_supervised_tokens": count,
+            f"{metric_key_prefix}_seconds": seconds,
+        }
+        if correct >= 0:
+            metrics[f"{metric_key_prefix}_accuracy"] = correct / count
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def forward_rate(self) -> float:
+        """Tokens per second of a forward pass: as the last evaluation had it, else of one batch."""
+        if not math.isnan(self.last_rate):
+            return self.last_rate
+        count = min(len(self._lengths), self.args.train_batch_size)
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[index] for index in range(count)]))
+        started = time.perf_counter()
+        with torch.no_grad(), self.accelerator.autocast():
+            self.objective.tally(self.model, batch)
+        return int(batch["attention_mask"].sum()) / (time.perf_counter() - started)
+
+    def records_per_step(self) -> int:
+        """Records that go into one optimizer step, over all processes."""
+        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
+
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
+        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        return math.ceil(per_epoch * self.args.num_train_epochs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return LengthBucketSampler(self._lengths, self.args.train_batch_size, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        self.handle.save(folder, base_model=self._base_model, task_type=self.objective.task_type)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            # Last of all: a checkpoint without it was cut off by a kill and is not resumed from.
+            files.write_text(folder / COMPLETE, json.dumps({"step": self.state.global_step}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        reload(self.handle, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        reload(self.handle, self.state.best_model_checkpoint)

@@ -1,0 +1,270 @@
+"""Made-up runs, as the recorder would have written them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Record = dict[str, Any]
+
+SAMPLES = [
+    {
+        "prompt": "How do I reverse a list in Python without changing the original?",
+        "before": "You can use the `reverse()` method. The method is used to reverse the list. The list is reversed "
+        "by the method.\n\nThe list is a list of the list of the list",
+        "after": "Slice it with a negative step, which makes a new list:\n\nitems = [1, 2, 3]\nbackwards = items[::-1]"
+        "\n\n`items` keeps its order. `reversed(items)` gives an iterator instead.",
+        "gold": "Use a slice with a negative step:\n\nbackwards = items[::-1]\n\nThis makes a new list and leaves "
+        "`items` as it was.",
+    },
+    {
+        "prompt": "What does the `zip` function return in Python 3?",
+        "before": "The zip function is a function that returns a zip file. It can be used to zip files.",
+        "after": "An iterator of tuples.",
+        "gold": "An iterator of tuples.",
+    },
+    {
+        "prompt": "Write a function that counts how often each word occurs in a text.",
+        "before": "def count_words(text):\n    words = text\n    return words\n\n"
+        "def count_words(text):\n    words = text",
+        "after": "from collections import Counter\n\n\ndef count_words(text: str) -> Counter[str]:\n"
+        "    return Counter(text.lower().split())",
+        "gold": "from collections import Counter\n\n\ndef count_words(text):\n    return Counter(text.split())",
+    },
+]
+
+
+class Story:
+    """Collects records and writes them as a file."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.clock = datetime(2026, 3, 14, 9, 26, 53, tzinfo=timezone.utc)
+        self.elapsed = 0.0
+
+    def tell(self, event: str, wait: float = 0.0, /, **fields: Any) -> Story:
+        """Add one record, `wait` seconds after the last one."""
+        self.clock += timedelta(seconds=wait)
+        self.elapsed = 0.0 if event == "run" else self.elapsed + wait
+        time = self.clock.isoformat().replace("+00:00", "Z")
+        self.records.append({"event": event, "time": time, "elapsed": round(self.elapsed, 3), **fields})
+        return self
+
+    def write(self, path: Path) -> Path:
+        """Write all records to `path`."""
+        lines = (json.dumps(record) + "\n" for record in self.records)
+        path.write_text("".join(lines), encoding="utf-8")
+        return path
+
+    def begin(self, resumed_from_step: int = 0, **resolved: Any) -> Story:
+        """The records at the beginning of a process."""
+        command = "lorafit train --data python-qa.jsonl --method lora --r 16 --max-steps 240"
+        self.tell("run", run="b1946ac9", command=command, resumed_from_step=resumed_from_step)
+        self.tell("config", config=CONFIG, resolved=RESOLVED | resolved)
+        self.tell("environment", 0.1, **ENVIRONMENT)
+        return self.tell("data", 0.9, **DATA)
+
+    def train(self, steps: Iterable[int], total: int, *, noise: random.Random, accuracy: bool = False) -> Story:
+        """Logged steps, and an evaluation every 40 of them."""
+        for step in steps:
+            if step == 0:
+                self.evaluate(0, accuracy)
+                continue
+            loss = _loss(step) + noise.gauss(0, 0.11)
+            peak = 1.61e9 + 2.4e8 * (1 - math.exp(-step / 25))
+            self.tell(
+                "step",
+                0.62,
+                step=step,
+                epoch=round(step / 75, 4),
+                loss=round(loss, 5),
+                learning_rate=2e-4 * min(step / 12, 0.5 * (1 + math.cos(math.pi * step / total))),
+                grad_norm=round(0.55 + 1.6 * math.exp(-step / 30) + abs(noise.gauss(0, 0.09)), 4),
+                tokens=4096,
+                supervised_tokens=2711,
+                tokens_per_second=round(2650 + noise.gauss(0, 70) - 900 * (step % 40 == 1), 1),
+                peak_rss_bytes=int(peak),
+                seconds=0.62,
+            )
+            if step % 40 == 0:
+                self.evaluate(step, accuracy)
+        return self
+
+    def evaluate(self, step: int, accuracy: bool = False) -> Story:
+        """One evaluation."""
+        loss = round(_loss(step) + 0.07 + 3e-6 * step**2, 5)
+        measured = {"accuracy": round(0.52 + 0.39 * (1 - math.exp(-step / 50)), 4)} if accuracy else {}
+        return self.tell(
+            "evaluation",
+            3.1,
+            step=step,
+            loss=loss,
+            perplexity=math.exp(loss),
+            supervised_tokens=18230,
+            seconds=3.1,
+            **measured,
+        )
+
+    def sample(self, phase: str) -> Story:
+        """The outputs of one phase."""
+        for index, one in enumerate(SAMPLES):
+            self.tell(
+                "sample", 0.8, phase=phase, index=index, prompt=one["prompt"], output=one[phase], gold=one["gold"]
+            )
+        return self
+
+    def finish(self, status: str = "done", steps: int = 240, **fields: Any) -> Story:
+        """The end of a process."""
+        losses = [record["loss"] for record in self.records if record["event"] == "evaluation"]
+        known = {
+            "status": status,
+            "steps": steps,
+            "seconds": round(self.elapsed, 3),
+            "train_seconds": round(0.62 * steps, 3),
+            "peak_rss_bytes": 1_851_000_000,
+            "eval_loss_before": losses[0] if losses else None,
+            "eval_loss_after": losses[-1] if len(losses) > 1 else None,
+            "adapter": "runs/python-qa/adapter",
+            "message": "The held-out loss was lowest at step 160 and has risen since.",
+        }
+        return self.tell("end", 0.2, **(known | fields))
+
+
+def _loss(step: int) -> float:
+    return 1.21 + 1.27 * math.exp(-step / 45)
+
+
+CONFIG = {
+    "model": "SmolLM2-135M-Instruct",
+    "data": "python-qa.jsonl",
+    "method": "lora",
+    "r": 16,
+    "alpha": None,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 12,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 240,
+    "max_length": 512,
+    "weight_decay": 0.0,
+    "gradient_checkpointing": False,
+    "targets": "all-linear",
+    "seed": 20260314,
+    "output_dir": "runs/python-qa",
+}
+RESOLVED = {
+    "model": "SmolLM2-135M-Instruct",
+    "method": "LoRA",
+    "r": 16,
+    "alpha": 32,
+    "scale": 2.0,
+    "rslora": False,
+    "dropout": 0.0,
+    "learning_rate": 2e-4,
+    "sites": 210,
+    "trainable": 4_884_480,
+    "total": 139_399_488,
+    "share": 0.03503943,
+    "train_steps": 240,
+    "task": "causal language model",
+}
+ENVIRONMENT = {
+    "lorafit": "0.1.0",
+    "python": "3.11.7",
+    "torch": "2.13.0+cpu",
+    "transformers": "5.23.0",
+    "peft_layout": "0.21.2",
+    "platform": "Linux-6.12-x86_64-with-glibc2.36",
+    "device": "cpu",
+    "dtype": "float32",
+    "cores": 2,
+    "threads": 2,
+    "memory_bytes": 25_276_063_744,
+    "seed": 20260314,
+}
+DATA = {
+    "source": "python-qa.jsonl",
+    "format": "jsonl",
+    "form": "alpaca",
+    "train_records": 600,
+    "eval_records": 64,
+    "train_tokens": 152_318,
+    "train_supervised_tokens": 100_911,
+    "eval_supervised_tokens": 18_230,
+    "longest": 1_892,
+    "max_length": 512,
+    "truncated": 14,
+    "dropped": 0,
+    "split": "10 % of the records, seed 20260314",
+}
+
+
+@pytest.fixture
+def story() -> Callable[[], Story]:
+    """Makes an empty story."""
+    return Story
+
+
+@pytest.fixture
+def whole() -> Story:
+    """A run from its beginning to its end."""
+    noise = random.Random(5)
+    told = Story().begin().sample("before").train(range(241), 240, noise=noise)
+    told.tell("saved", 0.1, step=240, path="runs/python-qa/adapter")
+    return told.sample("after").finish()
+
+
+@pytest.fixture
+def resumed() -> Story:
+    """A run that was killed at step 133, resumed from 120 and interrupted at 180, with a loss that was not finite."""
+    noise = random.Random(7)
+    told = Story().begin().sample("before").train(range(134), 240, noise=noise, accuracy=True)
+    told.begin(resumed_from_step=120).train(range(121, 181), 240, noise=noise, accuracy=True)
+    for record in told.records:
+        if record["event"] == "step" and record["step"] in (61, 62, 149):
+            record.update(loss=None, nonfinite=["loss"])
+    return told.finish("interrupted", 180, message="Interrupted. The same command goes on from step 180.")
+
+
+ATTACK = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'><!--<script>"
+
+
+@pytest.fixture
+def hostile() -> Story:
+    """A run whose every text tries to break out of the page, or cannot be shown as it is."""
+    told = Story().begin(model=f"evil {ATTACK}", method=ATTACK, task="\"'><b>$style ${script} {braces}")
+    told.records[1]["config"] = {ATTACK: [ATTACK, {"key": ATTACK}]}
+    told.records[2]["platform"] = "javascript:alert(1)"
+    told.records[3].update(source=ATTACK, truncated=1, dropped=3)
+    told.train(range(6), 240, noise=random.Random(3))
+    texts = [
+        ATTACK,
+        "\u202eright to left\u202c שלום \x00\x1b[31mred\x7f",
+        "w" * 3000,
+        "  \n\t ",
+        "half \ud83d of a pair",
+    ]
+    for index, text in enumerate(texts):
+        told.tell("sample", phase="before", index=index, prompt=text, output=text, gold=None)
+        told.tell("sample", phase="after", index=index, prompt=text, output=text, gold=text)
+    return told.finish("failed", 5, message=ATTACK, adapter=ATTACK)
+
+
+@pytest.fixture
+def bare() -> Story:
+    """A run that was killed before it trained."""
+    return Story().tell("run", run="0", command="lorafit train", resumed_from_step=0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the records of a test go."""
+    return tmp_path / "records.jsonl"

@@ -1,0 +1,280 @@
+"""A whole run on a tiny model: it learns, resumes bit for bit, and keeps to its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import lorafit as lf
+from lorafit.training.config import resolve
+from lorafit.training.run import Outcome, train
+
+QUIET = Console(quiet=True)
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def model_dir(make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(write: Callable[[str, Any], str]) -> str:
+    rows = [{"question": f"what is {n} plus one?", "answer": f"it is {n + 1}" + "!" * (n % 5)} for n in range(60)]
+    return write("sums.jsonl", rows)
+
+
+@pytest.fixture
+def settings(model_dir: Path, data: str, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(model_dir),
+        "data": data,
+        "eval_split": 12,
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 10,
+        "learning_rate": 1e-2,
+        "dropout": 0.1,
+        "r": 4,
+        "save_steps": 3,
+        "samples": 2,
+        "max_new_tokens": 4,
+        "use_cpu": True,
+    }
+
+
+@pytest.fixture
+def run(settings: dict[str, Any]) -> Iterator[Run]:
+    said: list[str] = []
+
+    def run(**changes: Any) -> Outcome:
+        resolved = resolve([("test", {**settings, **changes})])
+        return train(resolved, command="test", notify=said.append, console=QUIET)
+
+    run.said = said  # type: ignore[attr-defined]
+    yield run
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_an_adapter_that_loads(run: Run, tmp_path: Path, model_dir: Path) -> None:
+    outcome = run()
+    assert outcome.status == "done" and outcome.steps == 10
+    assert outcome.eval_before is not None and outcome.eval_after is not None
+    assert outcome.eval_after < outcome.eval_before - 0.2
+    assert len(outcome.shown) == 2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    handle = lf.load(model, outcome.adapter)
+    assert len(handle.sites) == 14
+    assert AutoTokenizer.from_pretrained(outcome.adapter).chat_template is not None
+    events = [record["event"] for record in records(outcome.folder.path)]
+    assert events[:4] == ["run", "config", "environment", "data"]
+    assert events.count("step") == 10 and events.count("evaluation") >= 2 and events[-1] == "end"
+    assert [event for event in events if event == "sample"] == ["sample"] * 4
+    config = next(record for record in records(outcome.folder.path) if record["event"] == "config")
+    assert config["resolved"]["sites"] == 14 and config["resolved"]["scale"] == 2.0
+    assert any("training will take about" in line for line in run.said)  # type: ignore[attr-defined]
+    assert any("4,448 of" in line or "numbers trained" in line for line in run.said)  # type: ignore[attr-defined]
+
+
+def test_loss_is_by_supervised_token_over_the_accumulated_batch(run: Run, tmp_path: Path) -> None:
+    together = run(output_dir=str(tmp_path / "a"), per_device_train_batch_size=8, dropout=0.0, max_steps=1)
+    apart = run(
+        output_dir=str(tmp_path / "b"),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        dropout=0.0,
+        max_steps=1,
+    )
+    steps = [next(r for r in records(o.folder.path) if r["event"] == "step") for o in (together, apart)]
+    assert steps[1]["supervised_tokens"] > steps[0]["supervised_tokens"]
+    # A mean over tokens does not grow with accumulation: it would double if each batch were averaged and added up.
+    assert abs(steps[1]["loss"] - steps[0]["loss"]) < 0.3
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the run may catch it and tidy up."""
+
+
+def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.training.trainer import AdapterTrainer
+
+    whole = run(output_dir=str(tmp_path / "whole"))
+    steps = 0
+    original = AdapterTrainer.training_step
+
+    def step_then_kill(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", step_then_kill)
+    with pytest.raises(Killed):
+        run(output_dir=str(tmp_path / "cut"))
+    monkeypatch.undo()
+    resumed = run(output_dir=str(tmp_path / "cut"))
+    assert any("goes on from step 6" in line for line in run.said)  # type: ignore[attr-defined]
+    first, second = (load_file(o.adapter / "adapter_model.safetensors") for o in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert resumed.eval_before == pytest.approx(whole.eval_before, abs=0)
+    assert resumed.eval_after == whole.eval_after
+    by_step = {r["step"]: r["loss"] for r in records(resumed.folder.path) if r["event"] == "step"}
+    assert by_step == {r["step"]: r["loss"] for r in records(whole.folder.path) if r["event"] == "step"}
+    assert [shown.before for shown in resumed.shown] == [shown.before for shown in whole.shown]
+
+
+def test_a_checkpoint_that_was_cut_off_is_removed_and_the_one_before_is_used(run: Run, tmp_path: Path) -> None:
+    outcome = run(save_total_limit=5)
+    folder = outcome.folder.path
+    (folder / "result.json").unlink()
+    (folder / "checkpoint-10" / "complete.json").unlink()
+    again = run(save_total_limit=5)
+    assert any("checkpoint-10 was cut off" in line for line in run.said)  # type: ignore[attr-defined]
+    assert any("goes on from step 9" in line for line in run.said)  # type: ignore[attr-defined]
+    assert again.steps == 10
+
+
+def test_a_finished_run_is_not_run_again(run: Run) -> None:
+    first = run(max_steps=2)
+    before = (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    again = run(max_steps=2)
+    assert again.status == "already done"
+    assert again.eval_after == first.eval_after and again.shown == first.shown
+    assert (again.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_folder_of_another_run_is_refused_and_untouched(run: Run, settings: dict[str, Any]) -> None:
+    run(max_steps=2)
+    kept = (Path(settings["output_dir"]) / "records.jsonl").read_bytes()
+    with pytest.raises(lf.ConfigError, match=r"output directory of another run(.|\n)*r was 4 and is 8"):
+        run(max_steps=2, r=8)
+    assert (Path(settings["output_dir"]) / "records.jsonl").read_bytes() == kept
+
+
+def test_a_folder_that_holds_something_else_is_refused(run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.tex").write_text("precious")
+    with pytest.raises(lf.ConfigError, match=r"holds something else(.|\n)*chapter\.tex"):
+        run(output_dir=str(other))
+    assert (other / "chapter.tex").read_text() == "precious"
+
+
+def test_a_run_does_not_go_on_with_other_data(run: Run, data: str, settings: dict[str, Any]) -> None:
+    run(max_steps=4, save_steps=2)
+    (Path(settings["output_dir"]) / "result.json").unlink()
+    lines = Path(data).read_text().splitlines()
+    Path(data).write_text("\n".join([lines[0].replace("plus", "and"), *lines[1:]]) + "\n")
+    with pytest.raises(lf.ConfigError, match="data are not those that this run was begun with"):
+        run(max_steps=4, save_steps=2)
+
+
+def test_data_are_looked_at_before_a_model_is_loaded(
+    run: Run, write: Callable[[str, Any], str], tmp_path: Path, model_dir: Path
+) -> None:
+    empty = tmp_path / "model-without-weights"
+    shutil.copytree(model_dir, empty)
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(lf.DataError):
+        run(model=str(empty), data=write("empty.jsonl", ""))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.training.objectives import NextToken
+
+    monkeypatch.setattr(NextToken, "loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(lf.TrainingError, match=r"not finite(.|\n)*step 1(.|\n)*learning rate"):
+        run()
+
+
+def test_the_default_rate_comes_from_the_width_and_is_announced(run: Run, settings: dict[str, Any]) -> None:
+    del settings["learning_rate"]
+    run(max_steps=1)
+    assert any("from the model's width" in line for line in run.said)  # type: ignore[attr-defined]
+
+
+SCRIPT = """
+import json, sys
+from rich.console import Console
+from lorafit.training.config import resolve
+from lorafit.training.run import train
+outcome = train(resolve([("t", json.loads(sys.argv[1]))]), command="t", notify=lambda s: print(s, flush=True),
+                console=Console(quiet=True))
+print("status", outcome.status, flush=True)
+"""
+
+
+def start(settings: dict[str, Any]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        path = folder / "records.jsonl"
+        if path.exists() and path.read_text().count('"event": "step"') >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{count} steps did not come (exit status {process.poll()})")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_a_stopped_process_goes_on_with_the_same_command(
+    number: signal.Signals, settings: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    settings |= {"max_steps": 300, "save_steps": 20, "output_dir": str(tmp_path / "stopped"), "eval_split": 4}
+    process = start(settings)
+    try:
+        wait_for_steps(Path(settings["output_dir"]), 25, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert ("status interrupted" in output) == (number is signal.SIGINT)
+    assert list(Path(settings["output_dir"]).glob("checkpoint-*"))
+    resumed = run()
+    whole = run(output_dir=str(tmp_path / "whole"))
+    first, second = (load_file(o.adapter / "adapter_model.safetensors") for o in (whole, resumed))
+    assert all(torch.equal(first[key], second[key]) for key in first)
