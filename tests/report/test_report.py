@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from lorafit.errors import ConfigError, DataError, MissingExtraError
@@ -303,13 +305,32 @@ def test_nothing_is_made_up(bare: Any, path: Path) -> None:
 # Curves
 
 
-def test_smoothing_is_unbiased_and_keeps_gaps() -> None:
-    flat = smooth(Series.made([(step, 2.0) for step in range(50)]), 10)
-    assert flat.y == pytest.approx([2.0] * 50)
-    gap = smooth(Series.made([(1, 1.0), (2, None), (3, 3.0)]), 3)
-    assert gap.y[0] == 1.0
-    assert gap.y[1] is None
-    assert gap.y[2] == pytest.approx((1.0 * 0.5 + 3.0) / 1.5)
+def test_smoothing_keeps_straight_lines_up_to_their_ends() -> None:
+    for slope in (0.0, -0.7, 3.0):
+        points = [(step, 100.0 + slope * step) for step in range(1, 301)]
+        assert smooth(Series.made(points), 10).y == pytest.approx([y for _, y in points])
+
+
+def test_smoothing_is_the_weighted_least_squares_line() -> None:
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    smoothed = smooth(Series.made(list(enumerate(values))), 4).y
+    for at in range(len(values)):
+        distance = [other - at for other in range(len(values))]
+        # polyfit squares what it is given as weights
+        weight = [0.75 ** (abs(d) / 2) for d in distance]
+        assert smoothed[at] == pytest.approx(numpy.polyfit(distance, values, 1, w=weight)[1])
+
+
+def test_smoothing_takes_the_noise_and_keeps_gaps() -> None:
+    noise = random.Random(1)
+    points: list[tuple[int, float | None]] = [(step, noise.gauss(2.0, 0.3)) for step in range(400)]
+    points[100] = (100, None)
+    smoothed = smooth(Series.made(points), 20)
+    assert smoothed.y[100] is None
+    assert len(smoothed.finite) == 399
+    assert max(abs(y - 2.0) for y in smoothed.finite[20:-20]) < 0.2
+    alone = Series.made([(1, 5.0), (2, None)])
+    assert smooth(alone, 5) is alone
 
 
 def test_thinning_keeps_peaks_ends_and_gaps() -> None:
@@ -371,6 +392,15 @@ def test_a_single_point_is_visible(story: Any, path: Path) -> None:
     assert {trace.mode for plot in draw(run) for trace in plot.figure.data} == {"lines+markers"}
 
 
+@pytest.mark.parametrize(("steps", "tick"), [(3, 1), (30, None)])
+def test_there_is_no_half_a_step(story: Any, path: Path, steps: int, tick: int | None) -> None:
+    told = story().tell("run")
+    for step in range(1, steps + 1):
+        told.tell("step", step=step, loss=2.0)
+    (plot,) = draw(read_records(told.write(path)))
+    assert plot.figure.layout.xaxis.dtick == tick
+
+
 def test_a_long_run_is_thinned_and_says_so(story: Any, path: Path, drawn: Any) -> None:
     told = story().tell("run")
     told.records += [{"event": "step", "step": step, "loss": 2 + step % 7} for step in range(1, 9001)]
@@ -405,6 +435,24 @@ def test_the_page_tells_the_run(whole: Any, drawn: Any) -> None:
         "The held-out loss was lowest at step 160 and has risen since.",
     ):
         assert told in page.words, told
+
+
+def test_places_of_lost_records_are_told(whole: Any, drawn: Any) -> None:
+    whole.records[3].update(
+        truncated=3, truncated_at=["a.jsonl:3", "a.jsonl:<7>"], longest=512, longest_uncut=600, dropped=0,
+        dropped_at=[], removed=1, removed_at=["a.jsonl:9"], unknown_at=[5],
+    )  # fmt: skip
+    words = drawn(whole).words
+    assert "truncated3 records cut to 512 tokens; the longest has 600a.jsonl:3, a.jsonl:<7> and 1 more" in words
+    assert "droppednone" in words
+    assert "removed1 recorda.jsonl:9" in words
+    assert "unknown at5" in words
+
+
+def test_an_error_keeps_its_columns(story: Any, drawn: Any) -> None:
+    page = drawn(story().tell("run").tell("end", status="failed", message="no\n  where:    here"))
+    assert "no\n  where:    here" in page.text
+    assert ("p", {"class": "message lines"}) in page.elements
 
 
 def test_the_page_of_a_classifier_tells_its_accuracy(resumed: Any, drawn: Any) -> None:

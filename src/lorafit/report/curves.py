@@ -41,26 +41,49 @@ class Series:
 
 
 def span(count: int) -> int:
-    """How many points an average over `count` points should reach back."""
-    return min(max(count // 15, 5), 200)
+    """How many points to either side an average over `count` points should reach."""
+    return min(max(count // 30, 3), 100)
 
 
 def smooth(series: Series, reach: int) -> Series:
-    """Exponential moving average with weight 2 / (reach + 1), unbiased at its beginning; gaps stay gaps.
+    """At each point the straight line that fits best, where a point `d` away weighs `(1 - 1 / reach) ** d`.
 
-    >>> smooth(Series.made([(1, 2.0), (2, 4.0), (3, None)]), reach=1).y
-    (2.0, 4.0, None)
+    Gaps stay gaps. An average of the past alone would lie above a falling curve, and so above held-out points that
+    in truth are on it; one that looks to both sides would do so at the ends.
+
+    >>> [y and round(y, 6) for y in smooth(Series.made([(1, 4.0), (2, 3.0), (3, None)]), reach=5).y]
+    [4.0, 3.0, None]
     """
-    keep = 1 - 2 / (reach + 1)
-    total = weight = 0.0
-    values: list[float | None] = []
-    for y in series.y:
-        if y is None:
-            values.append(None)
-            continue
-        total, weight = keep * total + y, keep * weight + 1
-        values.append(total / weight)
-    return Series(series.x, tuple(values), series.of)
+    known = series.finite
+    if len(known) < 2:
+        return series
+    keep = 1 - 1 / reach
+    before = _moments(known, keep)
+    after = _moments(known[::-1], keep)[::-1]
+    values = iter([_fitted(y, left, right) for y, left, right in zip(known, before, after, strict=True)])
+    return Series(series.x, tuple(None if y is None else next(values) for y in series.y), series.of)
+
+
+_Moments = tuple[float, float, float, float, float]
+
+
+def _moments(values: Sequence[float], keep: float) -> list[_Moments]:
+    """For each of `values`, itself and those before it at distances d: the sums of w, wd, wdd, wy, wdy."""
+    w = wd = wdd = wy = wdy = 0.0
+    sums = []
+    for y in values:
+        # All that came before moves one further away.
+        wdd, wd, w = keep * (wdd + 2 * wd + w), keep * (wd + w), keep * w + 1
+        wdy, wy = keep * (wdy + wy), keep * wy + y
+        sums.append((w, wd, wdd, wy, wdy))
+    return sums
+
+
+def _fitted(y: float, left: _Moments, right: _Moments) -> float:
+    """The weighted least squares line at distance 0; `y`, which is there, is in both sums."""
+    w, wd, wdd = left[0] + right[0] - 1, right[1] - left[1], left[2] + right[2]
+    wy, wdy = left[3] + right[3] - y, right[4] - left[4]
+    return (wdd * wy - wd * wdy) / (w * wdd - wd * wd)
 
 
 def thin(series: Series, limit: int = DRAWN) -> Series:

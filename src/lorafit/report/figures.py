@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 FONT: Final = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 TALL: Final = 380
 SMALL: Final = 220
+TICKS: Final = 8
+"""Up to how many steps each has its tick."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _add_train(figure: Figure, train: Series) -> list[str]:
             line={"color": LIGHT.train, "width": 2.2},
             hovertemplate="%{y:.4f}",
         )
-        notes.append(f"Smoothed by an exponential moving average over about {reach} logged steps.")
+        notes.append(f"Smoothed by lines through about {reach} logged steps to either side of each.")
     return notes + _thinned(raw)
 
 
@@ -243,6 +245,8 @@ def _figure(run: Run, height: int, *, labelled: bool = False) -> Figure:
         shapes=[_mark(step) for step in run.resumes],
         annotations=[_label(step, last) for step in run.resumes] if labelled and len(run.resumes) < 3 else [],
     )
+    if last <= TICKS:
+        figure.update_xaxes(dtick=1)  # there is no half a step
     figure.update_xaxes(title={"text": "step", "standoff": 6}, hoverformat=",d", title_font_size=12)
     return figure
 

@@ -50,8 +50,14 @@ def masthead(run: Run, summary: Summary) -> str:
   </p>
   <h1>{escape(told(run.resolved, "model") or "Model not recorded")}</h1>
   <p class="kind">{" · ".join(f"<span>{escape(part)}</span>" for part in kind if part)}</p>
-  {f'<p class="message">{escape(message)}</p>' if message else ""}
+  {_message(message) if message else ""}
 </header>"""
+
+
+def _message(message: str) -> str:
+    # Several lines are an error with aligned columns.
+    kind = "message lines" if "\n" in message.strip() else "message"
+    return f'<p class="{kind}">{escape(message)}</p>'
 
 
 def _moment(run: Run) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from lorafit.errors import ConfigError
-from lorafit.report import head, tables, text
+from lorafit.report import dataset, head, tables, text
 from lorafit.report.figures import Plot, as_json, draw, plotly_script
 from lorafit.report.history import read_records
 from lorafit.report.palette import DARK, LIGHT, exchange
@@ -79,7 +79,7 @@ def render(run: Run) -> str:
         headline=head.headline(run, summary),
         curves=_curves(run, plots),
         samples=samples(run),
-        data=tables.data(run),
+        data=dataset.data(run),
         settings=tables.settings(run),
         environment=tables.environment(run),
         history=tables.history(run),

@@ -1,4 +1,4 @@
-"""The tables of the page: evaluations, data, settings, environment, history."""
+"""The tables of the page: evaluations, settings, environment, history."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lorafit.report.text import escape
 _Reader = Callable[[Any], str]
 
 
-def _as_count(value: Any) -> str:
+def as_count(value: Any) -> str:
+    """A whole number with its thousands apart; anything else as it is."""
     return text.count(value) if type(value) is int else text.plain(value)
 
 
@@ -37,10 +38,12 @@ _READERS: Final[Mapping[str, _Reader]] = {
             "train_supervised_tokens",
             "eval_supervised_tokens",
             "longest",
+            "longest_uncut",
+            "repeated",
+            "unrolled",
             "max_length",
-            "dropped",
         ),
-        _as_count,
+        as_count,
     ),
     "memory_bytes": _as_size,
     "share": _as_share,
@@ -56,6 +59,7 @@ _LABELS: Final[Mapping[str, str]] = {
     "total": "all parameters",
     "sites": "adapted modules",
     "longest": "longest record, tokens",
+    "longest_uncut": "longest before cutting",
     "max_length": "limit, tokens",
     "rslora": "rsLoRA",
 }
@@ -63,14 +67,21 @@ _LABELS: Final[Mapping[str, str]] = {
 
 def facts(values: Mapping[str, Any]) -> str:
     """A table of labels and values, in the order of `values`."""
-    return _table((_label(key), escape(_READERS.get(key, text.plain)(value))) for key, value in values.items())
+    return table((label(key), written(key, value)) for key, value in values.items())
 
 
-def _label(key: str) -> str:
+def label(key: str) -> str:
+    """The name of a key for readers, as HTML."""
     return escape(_LABELS.get(key, text.words(key)))
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
+def written(key: str, value: Any) -> str:
+    """The value of a key for readers, as HTML."""
+    return escape(_READERS.get(key, text.plain)(value))
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of labels and values, both HTML."""
     body = "".join(f'<tr><th scope="row">{label}</th><td>{value}</td></tr>' for label, value in rows)
     return f'<table class="facts"><tbody>{body}</tbody></table>'
 
@@ -101,68 +112,27 @@ def _cells(values: Iterable[str], tag: str) -> str:
     return "".join(f"<{tag}{scope}>{value}</{tag}>" for value in values)
 
 
-def data(run: Run) -> str:
-    """What was learned from; what was cut or left out is told in words."""
-    if not run.data:
-        return _missing("Data", "The run recorded nothing about its data.")
-    values = dict(run.data)
-    cut, dropped = values.pop("truncated", None), values.pop("dropped", None)
-    rows = [(_label(key), escape(_READERS.get(key, text.plain)(value))) for key, value in values.items()]
-    rows.append(("truncated", _cut(cut, values)))
-    rows.append(("dropped", _mark(dropped, f"{_as_count(dropped)} records" if dropped != 1 else "1 record")))
-    return _section("Data", _trained_tokens(values) + _table(rows))
-
-
-def _cut(count: Any, values: Mapping[str, Any]) -> str:
-    """How many records were cut, by which limit."""
-    limit, longest = values.get("max_length"), values.get("longest")
-    told = f"{_as_count(count)} {'record' if count == 1 else 'records'}"
-    if limit is not None:
-        told += f" cut to {_as_count(limit)} tokens"
-    if longest is not None:
-        told += f"; the longest has {_as_count(longest)}"
-    return _mark(count, told)
-
-
-def _mark(count: Any, told: str) -> str:
-    """`told` with emphasis when `count` is not zero; nothing is made of a count that was not recorded."""
-    if count is None:
-        return "not recorded"
-    return "none" if count == 0 else f'<strong class="warn">{escape(told)}</strong>'
-
-
-def _trained_tokens(values: Mapping[str, Any]) -> str:
-    trained, every = values.get("train_supervised_tokens"), values.get("train_tokens")
-    if type(trained) is not int or type(every) is not int or not 0 <= trained <= every or every == 0:
-        return ""
-    share = trained / every
-    return f"""
-<div class="bar" aria-hidden="true"><span style="width:{100 * share:.2f}%"></span></div>
-<p class="fine">The loss is computed on {text.percent(share)} of the training tokens:
-{trained:,} of {every:,}.</p>"""
-
-
 def settings(run: Run) -> str:
     """What the run was told, and what it made of it."""
     if not run.resolved and not run.config:
-        return _missing("Settings", "The run recorded no settings.")
+        return missing("Settings", "The run recorded no settings.")
     every = ""
     if run.config:
         every = f"""
 <details><summary>All settings as given ({len(run.config)})</summary>{_exact(run.config)}</details>"""
-    return _section("Settings", (facts(run.resolved) if run.resolved else "") + every)
+    return section("Settings", (facts(run.resolved) if run.resolved else "") + every)
 
 
 def _exact(values: Mapping[str, Any]) -> str:
     rows = ((f"<code>{escape(key)}</code>", escape(text.plain(value))) for key, value in values.items())
-    return _table(rows)
+    return table(rows)
 
 
 def environment(run: Run) -> str:
     """Where the run took place."""
     if not run.environment:
-        return _missing("Environment", "The run recorded nothing about its environment.")
-    return _section("Environment", facts(run.environment))
+        return missing("Environment", "The run recorded nothing about its environment.")
+    return section("Environment", facts(run.environment))
 
 
 def history(run: Run) -> str:
@@ -176,7 +146,7 @@ def history(run: Run) -> str:
     elif last and last.path is not None:
         kept = f"<p>Last saved at step {last.step:,} in <code>{escape(last.path)}</code>.</p>"
     head = _cells(("began", "time", "steps", "end", "command"), "th")
-    return _section(
+    return section(
         "History",
         f'{kept}<div class="wide" tabindex="0"><table class="numbers history"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
@@ -193,9 +163,11 @@ def _process(process: Process) -> str:
     return f"<tr>{_cells((began, text.duration(process.seconds), span, end, command), 'td')}</tr>"
 
 
-def _section(title: str, body: str, kind: str = "part") -> str:
+def section(title: str, body: str, kind: str = "part") -> str:
+    """A part of the page with its heading."""
     return f'<section class="{kind}"><h2>{title}</h2>{body}</section>'
 
 
-def _missing(title: str, why: str) -> str:
-    return _section(title, f'<p class="fine">{why}</p>')
+def missing(title: str, why: str) -> str:
+    """A part of the page of which nothing was recorded."""
+    return section(title, f'<p class="fine">{why}</p>')
