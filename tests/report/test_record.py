@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import lorafit
-from lorafit.errors import StateError, TrainingError
+from lorafit.errors import TrainingError
 from lorafit.report import read_records
 from lorafit.training import record
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
@@ -257,8 +257,6 @@ def test_units_where_only_getrusage_answers(
     assert peak_rss_bytes() == 5000 * unit
 
 
-def test_another_system_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(StateError, match="is not known on this system") as caught:
-        peak_rss_bytes()
-    assert caught.value.found == "win32"
+    assert peak_rss_bytes() is None

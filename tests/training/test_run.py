@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -230,6 +231,83 @@ def test_the_default_rate_comes_from_the_width_and_is_announced(run: Run, settin
     del settings["learning_rate"]
     run(max_steps=1)
     assert any("from the model's width" in line for line in run.said)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True, "dropout": 0.0},
+        {"gradient_accumulation_steps": 2, "dropout": 0.0},
+        {"dtype": "bfloat16"},
+        {"bf16": True},
+        {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True},
+        {"targets": ["q_proj", "lm_head", "embed_tokens"]},
+        {"rslora": True, "rank_pattern": {"layers.0.mlp.up_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
+        {"modules_to_save": ["norm"]},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_settings_of_the_trainer_and_of_the_method_work_together(run: Run, changes: dict[str, Any]) -> None:
+    outcome = run(**changes)
+    assert outcome.status == "done"
+    assert outcome.eval_before is not None and outcome.eval_after is not None
+    assert outcome.eval_after < outcome.eval_before
+
+
+def test_gradient_checkpointing_changes_no_number(run: Run, tmp_path: Path) -> None:
+    plain, recomputed = (
+        run(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, max_steps=3) for on in (False, True)
+    )
+    first, second = (load_file(o.adapter / "adapter_model.safetensors") for o in (plain, recomputed))
+    assert all(torch.allclose(first[key], second[key], rtol=1e-5, atol=1e-7) for key in first)
+
+
+def test_trackers_work_because_the_trainers_do(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run(report_to="tensorboard", max_steps=2)
+    assert list((tmp_path / "events").rglob("events.out.tfevents.*"))
+
+
+@pytest.fixture(scope="module")
+def encoder_dir(encoder_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    encoder_tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(encoder_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_learns_and_its_new_head_is_saved_with_the_adapter(
+    run: Run, encoder_dir: Path, write: Callable[[str, Any], str]
+) -> None:
+    words = {"pos": "good", "neg": "bad"}
+    fillers = list(itertools.product(["it", "is", "very", "film"], repeat=3))
+    rows = [
+        {"text": f"{first} {words[label]} {second} {third}", "label": label}
+        for first, second, third in fillers
+        for label in words
+    ]
+    outcome = run(
+        model=str(encoder_dir), data=write("films.jsonl", rows), eval_split=0.25, max_steps=60, dropout=0.0
+    )
+    assert outcome.eval_before == pytest.approx(0.69, abs=0.2)
+    assert outcome.eval_after is not None and outcome.eval_after < 0.4
+    assert outcome.shown == ()
+    stored = load_file(outcome.adapter / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in stored
+    evaluations = [r for r in records(outcome.folder.path) if r["event"] == "evaluation"]
+    assert evaluations[-1]["accuracy"] == 1.0
+    assert any("new in this model, and trained in full: classifier" in line for line in run.said)  # type: ignore[attr-defined]
 
 
 SCRIPT = """

@@ -25,6 +25,12 @@ from lorafit.training.sequences import Sample
 
 Notify = Callable[[str], object]
 
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Training arguments under the name that everybody knows → the name that newer releases of transformers want."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,6 +62,9 @@ class Task:
 def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
     """The arguments of `transformers.Trainer`. Raises `ConfigError` where they do not go together."""
     options = dict(settings.training)
+    for old, new in RENAMED.items():
+        if old in options and new in TrainingArguments.__dataclass_fields__:
+            options[new] = options.pop(old)
     if "learning_rate" not in options:
         options["learning_rate"] = 0.0  # decided when the model's width is known
     evaluates = settings.eval_data is not None or settings.eval_split is not None or settings.data is None

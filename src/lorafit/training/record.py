@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lorafit import __version__
-from lorafit.errors import StateError, TrainingError, some
+from lorafit.errors import TrainingError, some
 
 if TYPE_CHECKING:
     import torch
@@ -219,20 +219,11 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident so far, in bytes.
-
-    Raises:
-        StateError: on a system other than Linux and macOS, where it is not known how to ask.
-    """
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process has had resident so far, in bytes; None where the system does not tell."""
     unit = _RU_MAXRSS_UNIT.get(sys.platform)
     if unit is None:
-        raise StateError(
-            "the peak memory of this process is not known on this system",
-            found=sys.platform,
-            expected=" or ".join(_RU_MAXRSS_UNIT),
-            fix="train on one of these",
-        )
+        return None
     return _high_water_mark(_STATUS) or _ru_maxrss() * unit
 
 

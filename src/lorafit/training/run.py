@@ -54,7 +54,7 @@ class Outcome:
         eval_before, eval_after: held-out loss in nats per prediction, None without held-out data.
         train_seconds: time in steps, in this process.
         seconds: time in all, in this process.
-        peak_rss_bytes: peak memory of this process.
+        peak_rss_bytes: peak memory of this process, None where the system does not tell.
         shown: questions answered before and after.
     """
 
@@ -66,7 +66,7 @@ class Outcome:
     eval_after: float | None
     train_seconds: float
     seconds: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
     shown: tuple[Shown, ...]
 
 

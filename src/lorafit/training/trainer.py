@@ -187,7 +187,8 @@ class AdapterTrainer(Trainer):
             return int(self.args.max_steps)
         batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
         per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-        return math.ceil(per_epoch * self.args.num_train_epochs)
+        steps: int = math.ceil(per_epoch * self.args.num_train_epochs)
+        return steps
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return LengthBucketSampler(self._lengths, self.args.train_batch_size, self.args.seed)
