@@ -17,6 +17,7 @@ from lorafit.inject import check_name, install_all, place
 from lorafit.layers import site_class
 from lorafit.method import Adapter, Method
 from lorafit.peft_config import Parsed, parse
+from lorafit.peft_layout import warn_shared
 from lorafit.plan import Modules, Planned, check_model, refuse, refuse_copy
 from lorafit.store import Stored
 from lorafit.targets import lookup
@@ -46,6 +47,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable
     _report_unknown(parsed, stored)
     modules = Modules.of(model)
     found = fit(stored, parsed, modules)
+    if not stored.ours:
+        warn_shared([*_own(found, modules), *found.copies], modules.aliases)
     planned = [
         _planned(site_path, parsed, stored, modules)
         for site_path in modules.by_path

@@ -58,7 +58,7 @@ def _place(key: str, tensor: Tensor, found: Fit, stored: Stored, parsed: Parsed,
             raise CheckpointError(
                 "the adapter was made for a layer of another type",
                 where=where,
-                found=f"{slot_key} for a {site.kind}",
+                found=f"{slot_key} for a layer of type {site.kind}",
                 expected=some(slot.key for slot in slots(site)),
                 fix="load the base model that the adapter was trained on",
             )
@@ -215,7 +215,13 @@ def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, par
         tensor = values[slot.attribute]
         key = f"{stored.weights_path}: {join(path, slot.key)}"
         if not tensor.is_floating_point():
-            raise CheckpointError("wrong type", where=key, found=tensor.dtype, expected="a floating-point tensor")
+            raise CheckpointError(
+                "wrong type",
+                where=key,
+                found=tensor.dtype,
+                expected="a floating-point tensor",
+                fix="save it again without quantising it",
+            )
         if slot.attribute == "A" and tensor.dim() > 0 and tensor.shape[0] != r:
             raise CheckpointError(
                 "the rank in the file is not the rank in its config",

@@ -207,15 +207,14 @@ class Handle:
         before = self.active
         merged = None
         if self._folded is not None:
-            merged = [(row, getattr(row.module, row.attribute).detach().clone()) for row in self._folded]
+            merged = merging.lift(self._folded)
             self._restore()
         self.activate(None)
         try:
             yield
         finally:
             if merged is not None:
-                with torch.no_grad():
-                    self._folded = merging.refold(merged)
+                self._folded = merging.refold(merged)
                 self._mark((self.name,))
             self.activate(before)
 
@@ -441,7 +440,7 @@ class Handle:
                 for site_path, site in self._sites.items()
             },
             copies=self.copies,
-            modules=list(Modules.of(self.model).aliases),
+            modules=Modules.of(self.model).aliases,
             base_model=base_model,
             task_type=task_type,
         )

@@ -201,7 +201,8 @@ class LinearSite(VectorSite):
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.module.out_features, self.module.in_features)
+        out, inn = self.module.weight.shape
+        return Shape(out, inn)
 
     def weight(self) -> Tensor:
         return self.module.weight
@@ -247,7 +248,8 @@ class EmbeddingSite(Site):
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.module.embedding_dim, self.module.num_embeddings, lookup=True)
+        num, dim = self.module.weight.shape
+        return Shape(dim, num, lookup=True)
 
     def weight(self) -> Tensor:
         return self.module.weight.t()

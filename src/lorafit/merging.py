@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,7 +88,7 @@ def fold(
             expected="weights of their own for merged layers",
             fix="merge(untie=True) gives the merged layer a copy of its own",
         )
-    with torch.no_grad():
+    with _ordinary():
         for row in rows:
             _check_finite(row.name, row.value())
         folded: list[Folded] = []
@@ -104,13 +105,27 @@ def fold(
     return folded
 
 
+@contextmanager
+def _ordinary() -> Iterator[None]:
+    """Without gradients, but never with tensors that inference mode would keep from training for good."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def lift(folded: Sequence[Folded]) -> list[tuple[Folded, Tensor]]:
+    """The merged values, for `refold`; what `undo` leaves behind is theirs alone."""
+    with _ordinary():
+        return [(row, getattr(row.module, row.attribute).detach().clone()) for row in folded]
+
+
 def refold(merged: Sequence[tuple[Folded, Tensor]]) -> list[Folded]:
     """Puts merged values back that were undone for a while, bit for bit."""
-    for row, value in merged:
-        if row.untied:
-            setattr(row.module, row.attribute, nn.Parameter(value, requires_grad=row.tensor.requires_grad))
-        else:
-            row.tensor.copy_(value)
+    with _ordinary():
+        for row, value in merged:
+            if row.untied:
+                setattr(row.module, row.attribute, nn.Parameter(value, requires_grad=row.tensor.requires_grad))
+            else:
+                row.tensor.copy_(value)
     return [row for row, _ in merged]
 
 

@@ -31,6 +31,7 @@ MUST_BE: Mapping[str, tuple[object, ...]] = {
     "use_bdlora": (None, False),
     "use_dora": (False,),
     "use_qalora": (False,),
+    "velora_config": (None,),
 }
 """Settings that change what PEFT computes and that this version reads only at the values that do not."""
 
@@ -68,7 +69,6 @@ NOT_MATHEMATICS = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-        "velora_config",
     }
 )
 """Settings of PEFT that do not enter the function an adapter computes (how it was initialised, where its base is)."""

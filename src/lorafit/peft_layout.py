@@ -86,12 +86,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Description:
-    """All that a file says of an adapter."""
+    """All that a file says of an adapter; `modules` maps every module path to the first path of the same module."""
 
     method: Method
     sites: Mapping[str, Placed]
     copies: Mapping[str, nn.Module]
-    modules: Sequence[str]
+    modules: Mapping[str, str]
     base_model: str | None
     task_type: str | None
 
@@ -136,6 +136,7 @@ def config_of(description: Description) -> dict[str, Any]:
             alphas[path] = _whole(own.resolved_alpha)
     kinds = [placed.site for placed in description.sites.values()]
     copies = list(description.copies)
+    warn_shared([*description.sites, *copies], description.modules)
     return {
         "alpha_pattern": _exact(alphas, list(description.sites)),
         "auto_mapping": None,
@@ -149,16 +150,30 @@ def config_of(description: Description) -> dict[str, Any]:
         "layers_to_transform": None,
         "lora_alpha": _whole(method.resolved_alpha),
         "lora_dropout": method.dropout,
-        "modules_to_save": _saved_names(copies, description.modules) if copies else None,
+        "modules_to_save": _saved_names(copies, list(description.modules)) if copies else None,
         "peft_type": "LORA",
         "r": method.r,
         "rank_pattern": _exact(ranks, list(description.sites)),
         "revision": None,
-        "target_modules": suffixes_for(list(description.sites), description.modules),
+        "target_modules": suffixes_for(list(description.sites), list(description.modules)),
         "task_type": _task_type(description),
         "use_dora": False,
         "use_rslora": method.rslora,
     }
+
+
+def warn_shared(paths: Sequence[str], aliases: Mapping[str, str]) -> None:
+    """Warns of an adapted module that the model holds under several paths: PEFT adapts it under the first alone."""
+    chosen = set(paths)
+    also = {other: path for other, path in aliases.items() if other != path and path in chosen}
+    if also:
+        other, path = next(iter(also.items()))
+        warnings.warn(
+            f"{path} is the same module as {other}: here an adapter acts wherever the module is used, in PEFT under "
+            f"the first path only, so the two compute different things ({len(also)} such paths)",
+            LorafitWarning,
+            stacklevel=2,
+        )
 
 
 def _saved_names(copies: Sequence[str], modules: Sequence[str]) -> list[str]:

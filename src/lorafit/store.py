@@ -34,12 +34,13 @@ CHECKSUM = "lorafit_crc32"
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter as its folder holds it."""
+    """An adapter as its folder holds it; `ours` tells a file that this library wrote."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     config_path: Path
     weights_path: Path
+    ours: bool = False
 
 
 def write(folder: Path, description: Description) -> None:
@@ -130,7 +131,8 @@ def read(path: Path, name: str = "default") -> Stored:
             expected=metadata[CHECKSUM],
             fix="copy or download it again, or go back to an earlier checkpoint",
         )
-    return Stored(_read_config(config_path, metadata), tensors, config_path, weights_path)
+    config = _read_config(config_path, metadata)
+    return Stored(config, tensors, config_path, weights_path, ours=CONFIG_COPY in metadata)
 
 
 def _read_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

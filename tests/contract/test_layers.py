@@ -306,6 +306,7 @@ def test_a_model_that_is_one_layer(some_layer, fill, tmp_path):
     assert torch.equal(model(some_layer.input()), expected)
 
 
+@pytest.mark.filterwarnings("ignore:first is the same module as second")  # said when saved: PEFT does otherwise
 def test_a_module_used_twice_has_one_adapter(some_layer, fill, tmp_path):
     layer = some_layer.model().layer
     model = nn.ModuleDict(OrderedDict(first=layer, second=layer))

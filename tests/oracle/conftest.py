@@ -34,14 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Lets peft say what it says of its own, message by message; everything else stays an error."""
     here = Path(__file__).parent
     said_by_peft = (
+        # peft 0.21 reads a property that transformers 5 renamed
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
         # grouped convolutions work in peft's forward; a test shows what merging does
         "ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning:peft",
         # peft writes the base embedding beside an adapter that targets it
         "ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft",
         # peft switches the flag per layer in a model that has both layer types
         "ignore:fan_in_fan_out is set to:UserWarning:peft",
-        # peft notices tied embeddings and goes on
-        "ignore:Model has `tie_word_embeddings=True`:UserWarning:peft",
+        # peft notices tied embeddings and goes on; a test shows what merging does
+        "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter:UserWarning:peft",
     )
     for item in items:
         if here in item.path.parents:
@@ -64,7 +66,7 @@ class Tiny:
         return self.seeded(lambda: LlamaForCausalLM(self._llama(**settings)))
 
     def llama_classifier(self, **settings: Any) -> nn.Module:
-        return self.seeded(lambda: LlamaForSequenceClassification(self._llama(num_labels=3, **settings)))
+        return self.seeded(lambda: LlamaForSequenceClassification(self._llama(**{"num_labels": 3, **settings})))
 
     def _llama(self, **settings: Any) -> LlamaConfig:
         return LlamaConfig(
@@ -226,13 +228,17 @@ class Oracle:
         ours = {key: value for key, value in handle.model.state_dict().items() if ".adapters." not in f".{key}"}
         assert ours.keys() == merged.keys()
         for key, value in merged.items():
-            torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                ours[key], value, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
     @staticmethod
     def same_tensors(ours: Path, theirs: Path) -> None:
         """Two folders hold the same tensors under the same keys, bit for bit; base embeddings aside."""
         mine, other = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
-        extra = {key for key in other.keys() - mine.keys() if key.endswith((".base_layer.weight", "embed_tokens.weight"))}
+        extra = {
+            key for key in other.keys() - mine.keys() if key.endswith((".base_layer.weight", "embed_tokens.weight"))
+        }
         assert mine.keys() == other.keys() - extra
         for key, value in mine.items():
             assert value.dtype == other[key].dtype and torch.equal(value, other[key]), key
@@ -244,6 +250,12 @@ class Oracle:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(dict(tensors), folder / "adapter_model.safetensors")
         return folder
+
+    @staticmethod
+    def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the config of a folder, by nothing but safetensors and json."""
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return load_file(folder / "adapter_model.safetensors"), config
 
 
 @pytest.fixture

@@ -109,7 +109,9 @@ def test_patterns_whose_order_counts_are_read_as_the_file_has_them(oracle, stack
 
 
 def test_patterns_whose_order_counts_are_written_so_that_it_does_not(oracle, stack) -> None:
-    oracle.check_written(stack, lf.LoRA(r=4, alpha=6), X, targets=["proj"], rank_pattern=UNSORTED, alpha_pattern=UNSORTED)
+    oracle.check_written(
+        stack, lf.LoRA(r=4, alpha=6), X, targets=["proj"], rank_pattern=UNSORTED, alpha_pattern=UNSORTED
+    )
 
 
 def test_patterns_for_a_path_that_ends_another_are_written_exactly(oracle, tiny) -> None:
@@ -151,7 +153,10 @@ TARGETS = {
     "expression": {"target_modules": r"layers\.\d\.(proj|experts\.1\.up)"},
     "all-linear": {"target_modules": "all-linear"},
     "all-linear but some": {"target_modules": "all-linear", "exclude_modules": ["proj", "head"]},
-    "exclude suffixes": {"target_modules": ["proj", "experts.0.up"], "exclude_modules": ["layers.1.proj", "experts.0.up"]},
+    "exclude suffixes": {
+        "target_modules": ["proj", "experts.0.up"],
+        "exclude_modules": ["layers.1.proj", "experts.0.up"],
+    },
     "exclude an expression": {"target_modules": ["proj", "head"], "exclude_modules": r"decoder\..*"},
     "one layer": {"target_modules": ["proj"], "layers_to_transform": 1},
     "layers": {"target_modules": ["proj"], "layers_to_transform": [0, 2]},
@@ -255,7 +260,7 @@ def test_a_config_of_peft_holds_no_setting_that_is_unknown_here(oracle, stack) -
 def test_an_unknown_setting_is_said_and_kept_out(oracle, stack, edit) -> None:
     theirs, folder = oracle.written_by_peft(stack, LoraConfig(r=2, target_modules=["proj"]))
     edit(folder, use_something_new=False)
-    with pytest.warns(lf.errors.LorafitWarning, match=r"adapter_config\.json.*use_something_new"):
+    with pytest.warns(lf.LorafitWarning, match=r"adapter_config\.json.*use_something_new"):
         handle = lf.load(stack(), folder)
     torch.testing.assert_close(oracle.run(handle.model, X), oracle.run(theirs, X), atol=1e-5, rtol=1e-5)
 
@@ -344,7 +349,7 @@ def test_peft_compares_ends_of_names_and_what_it_saved_is_read(oracle, stack) ->
 def test_a_name_that_peft_would_stretch_is_said_when_written(oracle, stack) -> None:
     handle = lf.attach(stack(), lf.LoRA(r=2), ["proj"], modules_to_save=["head"], seed=0)
     oracle.randomise(dict(handle.named_parameters()))
-    with pytest.warns(lf.errors.LorafitWarning, match=r"PEFT cannot load[\s\S]*norm_head"):
+    with pytest.warns(lf.LorafitWarning, match=r"PEFT cannot load[\s\S]*norm_head"):
         folder = handle.save(oracle.folder / "ours")
     with pytest.raises(KeyError, match="norm_head"):
         PeftModel.from_pretrained(stack(), folder)

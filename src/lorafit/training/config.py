@@ -22,6 +22,8 @@ Layer = tuple[str, Mapping[str, Any]]
 """Where settings come from, for errors ("run.yaml", "--set"), and the settings."""
 
 RESERVED: Mapping[str, str] = {
+    "data_seed": "seed is also that of the data",
+    "disable_tqdm": "there is one progress bar, and none without a terminal",
     "do_eval": "evaluation follows from eval_data and eval_split",
     "do_predict": "use `lorafit eval`",
     "do_train": "`lorafit train` trains",
@@ -61,7 +63,7 @@ class Settings(BaseModel):
         data_split: the split of a hub data set.
         eval_data: held-out data; None holds out `eval_split` of `data`.
         eval_data_split: its split.
-        eval_split: share (0.1) or number (200) of the records to hold out.
+        eval_split: share (0.1) or number (200) of the records to hold out; 0 holds none out; None is a tenth.
         eval_limit: evaluate on so many of the held-out records at most, evenly chosen; None is all.
         columns: role → column, where the columns go by other names.
         group: a column whose groups the split keeps whole.
@@ -85,7 +87,7 @@ class Settings(BaseModel):
     data_split: str | None = None
     eval_data: str | None = None
     eval_data_split: str | None = None
-    eval_split: int | float | None = Field(default=None, gt=0)
+    eval_split: int | float | None = Field(default=None, ge=0)
     eval_limit: int | None = Field(default=None, ge=1)
     columns: dict[str, str] | None = None
     group: str | None = None

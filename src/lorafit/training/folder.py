@@ -20,6 +20,7 @@ ADAPTER = "adapter"
 RESULT = "result.json"
 DATA = "data.json"
 COMPLETE = "complete.json"
+LABELS = "labels.json"
 
 FREE = frozenset({"output_dir", "samples", "max_new_tokens"})
 FREE_TRAINING = frozenset(
@@ -118,6 +119,10 @@ def open_folder(settings: Settings) -> RunFolder:
     if kept.is_file():
         theirs = json.loads(kept.read_text())
         different = _differences(theirs, mine)
+        if _left_nothing(path):
+            (path / DATA).unlink(missing_ok=True)
+            files.write_text(kept, json.dumps(mine, indent=2))
+            return RunFolder(path)
         if different:
             raise ConfigError(
                 "this is the output directory of another run",
@@ -137,6 +142,23 @@ def open_folder(settings: Settings) -> RunFolder:
         )
     files.write_text(kept, json.dumps(mine, indent=2))
     return RunFolder(path)
+
+
+def _left_nothing(path: Path) -> bool:
+    """Whether the run there is over and saved nothing, as one does whose data or targets were misspelt.
+
+    Another may then take its place: who mends a command does not have to clear up after it.
+    """
+    if (path / RESULT).is_file() or (path / ADAPTER).exists() or any(path.glob("checkpoint-*")):
+        return False
+    records = path / RECORDS
+    if not records.is_file():
+        return True
+    last = records.read_text(errors="replace").splitlines()[-1:]
+    try:
+        return bool(last) and json.loads(last[0])["event"] == "end"
+    except (json.JSONDecodeError, KeyError):
+        return False  # cut off by a kill
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:

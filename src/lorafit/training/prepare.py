@@ -15,7 +15,15 @@ from transformers import TrainingArguments
 from lorafit.errors import ConfigError
 from lorafit.training.batches import Collator, LabelCollator
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, DataSettings, LabelledData, load_data, load_examples, load_labelled_data
+from lorafit.training.data import (
+    Data,
+    DataSettings,
+    Examples,
+    LabelledData,
+    load_data,
+    load_examples,
+    load_labelled_data,
+)
 from lorafit.training.embedded_data import embedded_data_path
 from lorafit.training.examples import Labelled
 from lorafit.training.loss import SupervisedLoss
@@ -24,6 +32,9 @@ from lorafit.training.objectives import Classes, NextToken, Objective
 from lorafit.training.sequences import Sample
 
 Notify = Callable[[str], object]
+
+HELD_OUT = 0.1
+"""The share of the data that is held out where the user names none."""
 
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -67,8 +78,7 @@ def training_arguments(settings: Settings, output_dir: Path) -> TrainingArgument
             options[new] = options.pop(old)
     if "learning_rate" not in options:
         options["learning_rate"] = 0.0  # decided when the model's width is known
-    evaluates = settings.eval_data is not None or settings.eval_split is not None or settings.data is None
-    if not evaluates:
+    if settings.eval_data is None and settings.eval_split == 0:
         options["eval_strategy"] = "no"
     try:
         return TrainingArguments(
@@ -76,9 +86,8 @@ def training_arguments(settings: Settings, output_dir: Path) -> TrainingArgument
             seed=settings.seed,
             data_seed=settings.seed,
             disable_tqdm=True,
-            dataloader_pin_memory=torch.accelerator.is_available(),
             remove_unused_columns=False,
-            **options,
+            **{"dataloader_pin_memory": torch.accelerator.is_available(), **options},
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(
@@ -89,19 +98,20 @@ def training_arguments(settings: Settings, output_dir: Path) -> TrainingArgument
 
 
 def data_settings(settings: Settings) -> DataSettings:
-    data, held, columns = settings.data, settings.eval_data, settings.columns
+    """Which data a run learns from and which it holds out, with the defaults filled in."""
+    data, held, share = settings.data, settings.eval_data, settings.eval_split
     if data is None:
         data = str(embedded_data_path("train"))
-        if held is None and settings.eval_split is None:
+        if held is None and share is None:
             held = str(embedded_data_path("eval"))
     return DataSettings(
         data=data,
         data_split=settings.data_split,
         eval_data=held,
         eval_data_split=settings.eval_data_split,
-        eval_split=settings.eval_split,
+        eval_split=HELD_OUT if held is None and share is None else share or None,
         seed=settings.seed,
-        columns=columns,
+        columns=settings.columns,
         group=settings.group,
     )
 
@@ -115,7 +125,7 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     """
     located = locate(settings.model, notify)
     tokenizer = load_tokenizer(located)
-    data = _load(settings, tokenizer)
+    data = encode(settings, tokenizer, load_examples(data_settings(settings)))
     for sentence in data.announcements:
         notify(sentence)
     dtype = choose_dtype(settings.dtype, arguments.device)
@@ -131,9 +141,13 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     return Task(model, tokenizer, located, data, [], Classes(), LabelCollator(pad), head, fingerprint)
 
 
-def _load(settings: Settings, tokenizer: Any) -> Data | LabelledData:
+def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> Data | LabelledData:
+    """The records as training takes them: for a language model, or for a classifier if they have labels.
+
+    Raises:
+        DataError: they cannot be learned from.
+    """
     wanted = data_settings(settings)
-    loaded = load_examples(wanted)
     labelled = isinstance(loaded.train[0], Labelled)
     if settings.task == "sequence-classification" or (settings.task == "auto" and labelled):
         return load_labelled_data(wanted, tokenizer, max_length=settings.max_length, loaded=loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -14,13 +15,15 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
+from lorafit import files
 from lorafit.handle import Handle
 from lorafit.inject import attach
 from lorafit.methods import METHODS
 from lorafit.training.answers import answers
 from lorafit.training.callbacks import Bar, Interrupt, Recording
 from lorafit.training.config import Settings
-from lorafit.training.folder import RunFolder, open_folder
+from lorafit.training.data import LabelledData
+from lorafit.training.folder import LABELS, RunFolder, open_folder
 from lorafit.training.models import default_rate
 from lorafit.training.prepare import Task, prepare, training_arguments
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
@@ -271,6 +274,8 @@ class _Run:
         self._record_answers(task, last, "after")
         handle.save(self.folder.adapter, base_model=task.located.name, task_type=task.objective.task_type)
         task.tokenizer.save_pretrained(self.folder.adapter)
+        if isinstance(task.data, LabelledData):
+            files.write_text(self.folder.adapter / LABELS, json.dumps(task.data.labels, ensure_ascii=False))
         shown = tuple(
             Shown(sample.prompt, sample.gold, old, new)
             for sample, old, new in zip(task.samples, first, last, strict=True)

@@ -1,0 +1,7 @@
+"""`python -m lorafit` is `lorafit`."""
+
+import sys
+
+from lorafit.cli.main import main
+
+sys.exit(main())
