@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from lorafit.peft_config import Parsed, parse
 from lorafit.peft_layout import warn_shared
 from lorafit.plan import Modules, Planned, check_model, refuse, refuse_copy
 from lorafit.store import Stored
-from lorafit.targets import lookup
+from lorafit.targets import lookup, unmatched
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable: bool = False) -> Handle:
@@ -44,23 +45,20 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable
     stored = store.read(Path(path), name)
     parsed = parse(stored.config, stored.config_path)
     check_name(model, parsed.method, name)
-    _report_unknown(parsed, stored)
     modules = Modules.of(model)
     found = fit(stored, parsed, modules)
+    values = _own(found, modules)
+    _report_unknown(parsed, stored, list(found.sites))
     if not stored.ours:
-        warn_shared([*_own(found, modules), *found.copies], modules.aliases)
-    planned = [
-        _planned(site_path, parsed, stored, modules)
-        for site_path in modules.by_path
-        if site_path in _own(found, modules)
-    ]
-    adapters = [_filled(site, found, modules) for site in planned]
+        warn_shared([*values, *found.copies], modules.aliases)
+    planned = [_planned(site_path, parsed, stored, modules) for site_path in modules.by_path if site_path in values]
+    adapters = [_filled(site, values[site.path]) for site in planned]
     for site_path in found.copies:
         refuse_copy(site_path, modules)
     saved = {path: module for path, module in modules.by_path.items() if path in found.copies}
     handle = install_all(model, parsed.method, planned, adapters, saved, name, trainable=trainable)
-    for site_path, values in found.copies.items():
-        copy_into(handle.copies[site_path], values)
+    for site_path, tensors in found.copies.items():
+        copy_into(handle.copies[site_path], tensors)
     return handle
 
 
@@ -129,18 +127,19 @@ def _planned(path: str, parsed: Parsed, stored: Stored, modules: Modules) -> Pla
     return Planned(path, site, method)
 
 
-def _filled(planned: Planned, found: Fit, modules: Modules) -> Adapter:
+def _filled(planned: Planned, values: Mapping[str, torch.Tensor]) -> Adapter:
     adapter = planned.method.adapter(planned.site.shape, generator=torch.Generator())
-    for attribute, value in _own(found, modules)[planned.path].items():
+    for attribute, value in values.items():
         setattr(adapter, attribute, nn.Parameter(value.clone()))
     return place(planned.site, adapter)
 
 
-def _report_unknown(parsed: Parsed, stored: Stored) -> None:
-    if parsed.unknown:
-        warnings.warn(
-            f"{stored.config_path}: settings that are not known here and do not enter the mathematics: "
-            f"{some(parsed.unknown)}",
-            LorafitWarning,
-            stacklevel=3,
-        )
+def _report_unknown(parsed: Parsed, stored: Stored, paths: Sequence[str]) -> None:
+    patterns = (("rank_pattern", parsed.rank_pattern), ("alpha_pattern", parsed.alpha_pattern))
+    idle = [f"{what}[{key!r}]" for what, pattern in patterns for key in unmatched(pattern, paths)]
+    for names, what in (
+        (parsed.unknown, "settings that are not known here are left out of the mathematics"),
+        (idle, "keys of patterns that match no layer have no effect"),
+    ):
+        if names:
+            warnings.warn(f"{stored.config_path}: {what}: {some(names)}", LorafitWarning, stacklevel=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from lorafit.adapted import plain_class, plain_state
 from lorafit.errors import CheckpointError, nearest, some
 from lorafit.layers import Site, site_class
 from lorafit.peft_config import Parsed, expected_sites
-from lorafit.peft_layout import FOREIGN_KEYS, PREFIX, join, saved_as, slots
+from lorafit.peft_layout import FOREIGN_KEYS, PREFIX, SLOT_KEYS, join, saved_as, slots
 from lorafit.plan import Modules, all_linear
 from lorafit.store import Stored
 from lorafit.targets import ALL_LINEAR, has_suffix, lookup
@@ -50,7 +50,7 @@ def _place(key: str, tensor: Tensor, found: Fit, stored: Stored, parsed: Parsed,
         )  # fmt: skip
     rest = key[len(PREFIX) :]
     _check_finite(where, tensor)
-    path, slot_key = _split(rest, {slot.key for site in _kinds(modules) for slot in slots(site)})
+    path, slot_key = _split(rest, SLOT_KEYS)
     if path is not None:
         site = _site(path, where, modules)
         slot = next((slot for slot in slots(site) if slot.key == slot_key), None)
@@ -65,7 +65,7 @@ def _place(key: str, tensor: Tensor, found: Fit, stored: Stored, parsed: Parsed,
         found.sites[path] = site
         found.adapters.setdefault(path, {})[slot.attribute] = tensor
         return
-    foreign, foreign_key = _split(rest, set(FOREIGN_KEYS))
+    foreign, foreign_key = _split(rest, FOREIGN_KEYS)
     if foreign is not None and foreign in modules.aliases:
         raise CheckpointError(
             f"the file holds a tensor of {FOREIGN_KEYS[foreign_key]}, which this version does not read",
@@ -77,24 +77,13 @@ def _place(key: str, tensor: Tensor, found: Fit, stored: Stored, parsed: Parsed,
         raise _unexpected(rest, where, modules)
 
 
-def _split(rest: str, keys: set[str]) -> tuple[str | None, str]:
+def _split(rest: str, keys: Iterable[str]) -> tuple[str | None, str]:
     for key in keys:
         if rest == key:
             return "", key
         if rest.endswith("." + key):
             return rest[: -len(key) - 1], key
     return None, ""
-
-
-def _kinds(modules: Modules) -> list[Site]:
-    """One site of each layer type of the model: enough to know the keys that may come."""
-    kinds: dict[type[Site], Site] = {}
-    for path in modules.known():
-        module = modules.by_path[path]
-        kind = site_class(plain_class(module))
-        assert kind is not None
-        kinds.setdefault(kind, kind(module))
-    return list(kinds.values())
 
 
 def _site(path: str, where: str, modules: Modules) -> Site:

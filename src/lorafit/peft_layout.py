@@ -43,6 +43,7 @@ def _up(key: str) -> Slot:
 
 MATRIX_SLOTS = (_down("lora_A.weight"), _up("lora_B.weight"))
 EMBEDDING_SLOTS = (_down("lora_embedding_A"), _up("lora_embedding_B"))
+SLOT_KEYS = tuple(slot.key for slot in (*MATRIX_SLOTS, *EMBEDDING_SLOTS))
 FOREIGN_KEYS = {
     "lora_magnitude_vector": "DoRA",
     "lora_magnitude_vector.weight": "DoRA",

@@ -107,11 +107,16 @@ def lookup(pattern: Mapping[str, Value], path: str) -> Value | None:
     return None
 
 
+def unmatched(pattern: Mapping[str, object], paths: Sequence[str]) -> list[str]:
+    """The keys of a rank or alpha pattern that match none of the paths."""
+    return [key for key in pattern if not any(re.fullmatch(rf"(.*\.)?({key})", path) for path in paths)]
+
+
 def check_keys(pattern: Mapping[str, object], paths: Sequence[str], what: str) -> None:
     """Raises `TargetError` for keys of a rank or alpha pattern that match no site, or do not compile."""
     for key in pattern:
         try:
-            found = any(re.fullmatch(rf"(.*\.)?({key})", path) for path in paths)
+            missed = unmatched({key: None}, paths)
         except re.error as error:
             raise TargetError(
                 f"a key of {what} is not a regular expression: {error}",
@@ -119,8 +124,8 @@ def check_keys(pattern: Mapping[str, object], paths: Sequence[str], what: str) -
                 found=repr(key),
                 fix="mend the key",
             ) from None
-        if not found:
-            raise _no_match([key], False, paths, what)
+        if missed:
+            raise _no_match(missed, False, paths, what)
 
 
 def suffixes_for(sites: Sequence[str], modules: Sequence[str]) -> list[str] | str:

@@ -310,6 +310,14 @@ def test_a_classifier_learns_and_its_new_head_is_saved_with_the_adapter(
     assert any("new in this model, and trained in full: classifier" in line for line in run.said)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("eval_split", "held"), [(None, 6), (0, 0), (0.2, 12), (5, 5)])
+def test_a_tenth_is_held_out_unless_the_user_says_otherwise(run: Run, eval_split: float | None, held: int) -> None:
+    outcome = run(eval_split=eval_split, max_steps=1)
+    found = next(record for record in records(outcome.folder.path) if record["event"] == "data")
+    assert found["eval_records"] == held and found["train_records"] == 60 - held
+    assert (outcome.eval_after is None) == (held == 0)
+
+
 SCRIPT = """
 import json, sys
 from rich.console import Console

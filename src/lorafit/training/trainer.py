@@ -101,7 +101,9 @@ class AdapterTrainer(Trainer):
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rate = options.pop("lr")
-            optimizer = self.handle.optimizer(kind, lr=rate, weight_decay=self.args.weight_decay, **options)
+            optimizer: torch.optim.Optimizer = self.handle.optimizer(
+                kind, lr=rate, weight_decay=self.args.weight_decay, **options
+            )
             self.optimizer = optimizer
             return optimizer
         kept: torch.optim.Optimizer = self.optimizer
