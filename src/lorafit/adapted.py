@@ -162,6 +162,22 @@ def uninstall(module: nn.Module, name: str) -> None:
         del module._modules[BANK]
 
 
+def check_removable(modules: Iterable[tuple[str, nn.Module]], name: str) -> None:
+    """Raises `StateError` if `uninstall` could not take `name` out of one of these modules."""
+    for path, module in modules:
+        bank = bank_of(module)
+        if bank is None or name not in bank:
+            raise StateError(f"adapter {name!r} is not attached any more", where=path, fix="attach it again")
+        if plain_class(module) is type(module):
+            raise StateError(
+                "the layer got another class after the adapter was attached, so it cannot be made plain again",
+                where=path,
+                found=type(module).__name__,
+                expected="the class that attach gave it",
+                fix="undo what was done to the layer since (fully_shard, parametrize), then detach",
+            )
+
+
 def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
     """(path, module, parent) for every module of the model itself, adapters left out; shared modules once per path."""
     yield from _walk(model, path, None)

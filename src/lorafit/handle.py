@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit import merging, store
-from lorafit.adapted import bank_of, banks, check_together, uninstall, walk
+from lorafit.adapted import bank_of, banks, check_removable, check_together, uninstall, walk
 from lorafit.errors import MergeError, StateError, TrainingError, nearest, some
 from lorafit.hooks import StepHooks
 from lorafit.layers import Shape, Site
@@ -296,12 +296,12 @@ class Handle:
             fix=fix,
         )
 
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        return [*((path, site.module) for path, site in self._sites.items()), *self._saved.items()]
+
     def check_sites(self, doing: str) -> None:
         """Raises `StateError` for a layer that was replaced after attach, as `resize_token_embeddings` does."""
-        for path, module in [
-            *((path, site.module) for path, site in self._sites.items()),
-            *self._saved.items(),
-        ]:
+        for path, module in self._modules():
             try:
                 now: nn.Module | None = self.model.get_submodule(path)
             except AttributeError:
@@ -380,23 +380,22 @@ class Handle:
         self._mark(())
 
     def _mark(self, merged: tuple[str, ...]) -> None:
-        for module in [*(site.module for site in self._sites.values()), *self._saved.values()]:
+        for _, module in self._modules():
             bank = bank_of(module)
             assert bank is not None
             bank.set(merged=merged)
 
     def detach(self) -> None:
-        """Takes the adapter out; after the last one the model is bit for bit what it was before `attach`."""
+        """Takes the adapter out; after the last one the model is bit for bit what it was before `attach`.
+
+        Raises:
+            StateError: it is out already, or a layer got another class since (`fully_shard` does that).
+        """
+        ledger = self._ledger()
+        check_removable(self._modules(), self.name)
         if self._folded is not None:
             self._restore()
-        ledger = self._ledger()
-        for path, module in [
-            *((path, site.module) for path, site in self._sites.items()),
-            *self._saved.items(),
-        ]:
-            bank = bank_of(module)
-            if bank is None or self.name not in bank:
-                raise StateError(f"adapter {self.name!r} is not attached any more", where=path)
+        for _, module in self._modules():
             uninstall(module, self.name)
         ledger.names = tuple(name for name in ledger.names if name != self.name)
         if not ledger.names:
@@ -409,6 +408,7 @@ class Handle:
     def merge_and_detach(self, *, untie: bool = False) -> None:
         """Makes the model a plain one with the adapter folded in, for good; keeps no originals. Raises like `merge`."""
         if self._folded is None:
+            check_removable(self._modules(), self.name)
             self._fold(untie=untie, keep=False)
         self._folded = None
         self._mark(())

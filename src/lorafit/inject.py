@@ -124,12 +124,13 @@ def check_name(model: nn.Module, method: object, name: str) -> None:
             expected="an instance of a method",
             fix="attach(model, LoRA(r=16))",
         )
-    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or name.startswith("-"):
+    allowed = isinstance(name, str) and name.isprintable() and name == name.strip() and not name.startswith("-")
+    if not allowed or not name or any(mark in name for mark in "./\\"):
         raise ConfigError(
             "this cannot be an adapter's name",
             where="name",
             found=repr(name),
-            expected="a name that can be a folder's: not empty, without dots and slashes",
+            expected="a name that can be a folder's: not empty, printable, without dots and slashes",
             fix='name="default"',
         )
     if name in RESERVED:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -288,8 +288,12 @@ class ConvSite(Site):
     """
 
     __slots__ = ()
-    convolve: ClassVar[Callable[..., Tensor]]
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    @staticmethod
+    @abstractmethod
+    def convolve(*args: Any, **options: Any) -> Tensor:
+        """The convolution of torch in the layer's number of dimensions."""
 
     @property
     def shape(self) -> Shape:

@@ -64,7 +64,8 @@ def fold(
 ) -> list[Folded]:
     """Folds adapter `name` into the weights of its sites and its trained copies into the modules they stand for.
 
-    All new values are computed and checked once before the first weight changes.
+    All new values are computed and checked once before the first weight changes; a failure after that undoes what was
+    done, unless nothing was kept.
 
     Args:
         model: the model, for finding weights that are shared.
@@ -92,16 +93,22 @@ def fold(
         for row in rows:
             _check_finite(row.name, row.value())
         folded: list[Folded] = []
-        for row in rows:
-            untied = row.name in shared
-            value = row.value()
-            if keep:
-                folded.append(Folded(row.module, row.attribute, row.tensor, row.tensor.detach().clone(), untied))
-            if untied:
-                parameter = nn.Parameter(value.clone(), requires_grad=row.tensor.requires_grad)
-                setattr(row.module, row.attribute, parameter)
-            else:
-                row.tensor.copy_(value)
+        try:
+            for row in rows:
+                untied = row.name in shared
+                value = row.value()
+                original = row.tensor.detach().clone() if keep else row.tensor
+                if untied:
+                    parameter = nn.Parameter(value.clone(), requires_grad=row.tensor.requires_grad)
+                    setattr(row.module, row.attribute, parameter)
+                else:
+                    row.tensor.copy_(value)
+                if keep:
+                    folded.append(Folded(row.module, row.attribute, row.tensor, original, untied))
+        except BaseException:  # out of memory, or an impatient user: what was merged so far goes back
+            for done in reversed(folded):
+                done.undo()
+            raise
     return folded
 
 

@@ -103,16 +103,35 @@ def join(path: str, key: str) -> str:
 
 
 def tensors_of(description: Description) -> dict[str, Tensor]:
-    """Every tensor under its key, on the CPU, contiguous."""
+    """Every tensor under its key, on the CPU, contiguous.
+
+    Raises:
+        CheckpointError: a tensor of a subclass that stands for data elsewhere.
+    """
     found: dict[str, Tensor] = {}
     for path, placed in description.sites.items():
         for slot in slots(placed.site):
-            value = placed.adapter.get_parameter(slot.attribute).detach()
-            found[join(path, slot.key)] = slot.to_file(placed.site, value)
+            key = join(path, slot.key)
+            value = _plain(key, placed.adapter.get_parameter(slot.attribute))
+            found[key] = slot.to_file(placed.site, value)
     for path, copy in description.copies.items():
         for key, value in copy.state_dict().items():
-            found[join(path, key)] = value
-    return {key: value.detach().to("cpu").contiguous().clone() for key, value in found.items()}
+            found[join(path, key)] = _plain(join(path, key), value)
+    return {key: value.to("cpu").contiguous().clone() for key, value in found.items()}
+
+
+def _plain(key: str, value: Tensor) -> Tensor:
+    value = value.detach()
+    if type(value) is not Tensor:
+        raise CheckpointError(
+            "this tensor is no plain one: it is sharded over processes, or quantised",
+            where=key,
+            found=type(value).__name__,
+            expected="a torch.Tensor",
+            fix="gather the whole state first (get_model_state_dict of torch.distributed.checkpoint.state_dict with "
+            "full_state_dict=True), load it into an unsharded model with the same adapter, and save there",
+        )
+    return value
 
 
 def config_of(description: Description) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""Merging where weights are shared: refused, or untied on request and tied again afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lorafit as lf
+
+
+class Tied(nn.Module):
+    """A language model whose output layer shares the embedding's weight, in one of several ways."""
+
+    def __init__(self, how: str = "parameter") -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        if how == "parameter":
+            self.head.weight = self.embed.weight
+        elif how == "storage":
+            self.head.weight = nn.Parameter(self.embed.weight.detach())
+        elif how == "part":  # a head over some of the words only: a view into the embedding's memory
+            self.head.weight = nn.Parameter(self.embed.weight.detach()[3:])
+        elif how == "buffer":
+            self.register_buffer("table", self.embed.weight.detach())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(ids)))
+
+
+IDS = torch.arange(8).view(2, 4)
+WAYS = ["parameter", "storage", "part"]
+
+
+@pytest.mark.parametrize("how", [*WAYS, "buffer"])
+@pytest.mark.parametrize("targets", [["embed"], ["embed", "body"]], ids="+".join)
+def test_merging_a_shared_weight_is_refused(how, targets, fill):
+    model = Tied(how)
+    handle = lf.attach(model, lf.LoRA(r=2), targets)
+    fill(handle)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for call in (handle.merge, handle.merge_and_detach):
+        with pytest.raises(lf.MergeError, match="would change another layer") as caught:
+            call()
+        assert caught.value.where == "embed.weight"
+        assert (".table" if how == "buffer" else "head.weight") in caught.value.found
+        assert "untie=True" in caught.value.fix
+    assert not handle.merged
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("targets", [["embed"], ["head"], ["embed", "head"]], ids="+".join)
+def test_untied_while_merged_and_tied_again_after(how, targets, fill):
+    model = Tied(how).eval()
+    base = model(IDS)
+    handle = lf.attach(model, lf.LoRA(r=2), targets)
+    fill(handle)
+    y = model(IDS)
+    weights = {name: (id(layer.weight), layer.weight.data_ptr()) for name, layer in model.named_children()}
+    keys = list(model.state_dict())
+    handle.merge(untie=True)
+    torch.testing.assert_close(model(IDS), y)
+    assert model.head.weight.untyped_storage().data_ptr() != model.embed.weight.untyped_storage().data_ptr()
+    with handle.disabled():
+        assert torch.equal(model(IDS), base)
+        assert (model.head.weight is model.embed.weight) == (how == "parameter")
+    torch.testing.assert_close(model(IDS), y)
+    handle.unmerge()
+    assert torch.equal(model(IDS), y)
+    assert {name: (id(layer.weight), layer.weight.data_ptr()) for name, layer in model.named_children()} == weights
+    assert list(model.state_dict()) == keys
+    handle.detach()
+    assert torch.equal(model(IDS), base)
+
+
+def test_untied_for_good(fill):
+    model = Tied().eval()
+    handle = lf.attach(model, lf.LoRA(r=2), ["embed"])
+    fill(handle)
+    y = model(IDS)
+    handle.merge_and_detach(untie=True)
+    torch.testing.assert_close(model(IDS), y)
+    assert model.head.weight is not model.embed.weight
+    assert all(parameter.requires_grad for parameter in model.parameters())  # both halves are trainable again
+
+
+def test_saved_modules_with_shared_weights(fill):
+    model = Tied().eval()
+    handle = lf.attach(model, lf.LoRA(r=2), ["body"], modules_to_save=["head"])
+    assert handle.copies["head"].weight is not model.embed.weight
+    fill(handle)
+    y = model(IDS)
+    with pytest.raises(lf.MergeError, match="would change another layer") as caught:
+        handle.merge()
+    assert caught.value.where == "head.weight" and "embed.weight" in caught.value.found
+    handle.merge(untie=True)
+    torch.testing.assert_close(model(IDS), y)
+    handle.unmerge()
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model(IDS), y)
+
+
+def test_layers_that_share_no_weight_merge_beside_tied_ones(fill):
+    model = Tied().eval()
+    handle = lf.attach(model, lf.LoRA(r=2), ["body"])
+    fill(handle)
+    y = model(IDS)
+    handle.merge()
+    torch.testing.assert_close(model(IDS), y)
+    assert model.head.weight is model.embed.weight
+
+
+def test_neighbours_in_one_storage_are_not_shared(fill):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    flat = torch.randn(32)  # as flattened parameters are kept: side by side, without overlap
+    model[0].weight = nn.Parameter(flat[:16].view(4, 4))
+    model[1].weight = nn.Parameter(flat[16:].view(4, 4))
+    handle = lf.attach(model, lf.LoRA(r=2))
+    fill(handle)
+    x = torch.randn(3, 4)
+    y = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), y)
+    handle.unmerge()
+    assert torch.equal(model(x), y)
+
+
+def test_many_cycles_do_not_drift(some_layer, fill):
+    model = some_layer.model().bfloat16()
+    handle = lf.attach(model, lf.LoRA(r=some_layer.rank(2)), ["layer"])
+    fill(handle)
+    weight = model.layer.weight.clone()
+    for _ in range(50):
+        handle.merge()
+        handle.unmerge()
+    assert torch.equal(model.layer.weight, weight)
+
+
+def test_merging_keeps_what_hangs_on_the_parameter(some_layer, fill):
+    model = some_layer.model()
+    handle = lf.attach(model, lf.LoRA(r=some_layer.rank(2)), ["layer"])
+    fill(handle)
+    weight, strides = model.layer.weight, model.layer.weight.stride()
+    handle.merge()
+    assert model.layer.weight is weight and weight.stride() == strides and not weight.requires_grad
+    handle.unmerge()
+    assert model.layer.weight is weight
+
+
+def test_merging_in_inference_mode_leaves_a_model_that_trains(fill):
+    model = Tied()
+    handle = lf.attach(model, lf.LoRA(r=2), ["embed"])
+    fill(handle)
+    with torch.inference_mode():
+        handle.merge(untie=True)
+        handle.unmerge()
+        handle.merge(untie=True)
+        with handle.disabled():
+            pass
+    handle.merge_and_detach(untie=True)
+    model(IDS).sum().backward()
+    assert model.embed.weight.grad is not None
+
+
+def test_a_failure_in_the_middle_of_a_merge_undoes_what_was_done(fill):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6, bias=False))
+    model[1].weight = nn.Parameter(torch.randn(1, 4).expand(6, 4))  # rows in one place: torch refuses to write to them
+    handle = lf.attach(model, lf.LoRA(r=2))
+    fill(handle)
+    x = torch.randn(3, 4)
+    y, weight = model(x), model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        handle.merge()
+    assert torch.equal(model[0].weight, weight) and not handle.merged
+    assert torch.equal(model(x), y)
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], int]:
+    """Any convolution that torch takes, an input for it and a rank that its groups can share."""
+    dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    channels, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    each = st.tuples(*[st.integers(1, 3)] * dims)
+    kernel, dilation = draw(each), draw(st.tuples(*[st.integers(1, 2)] * dims))
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    same = draw(st.booleans())
+    stride = (1,) * dims if same else draw(each)
+    padding = "same" if same else draw(st.tuples(*[st.integers(0, 2)] * dims))
+    layer = CONVOLUTIONS[dims](
+        channels,
+        out,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+    )
+    size = tuple(draw(st.integers(5, 7)) for _ in range(dims))
+    batch = draw(st.sampled_from([(), (1,), (3,)])) if mode == "zeros" else (draw(st.integers(1, 3)),)
+    limit = min(out, layer.weight[0].numel() * groups)
+    ranks = list(range(groups, limit + 1, groups)) or [0]
+    return layer, (*batch, channels, *size), draw(st.sampled_from(ranks))
+
+
+# torch says that it pads a copy of the input for some of these settings, which is no concern of the numbers.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(convolutions(), st.integers(0, 1000))
+def test_merged_is_unmerged_for_any_convolution(case, seed):
+    layer, shape, r = case
+    if r == 0:
+        return
+    torch.manual_seed(seed)
+    model = nn.Sequential(layer).double()
+    handle = lf.attach(model, lf.LoRA(r=r), ["0"])
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_()
+    x = torch.randn(shape, dtype=torch.float64)
+    y = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), y, rtol=1e-9, atol=1e-9)
+    handle.unmerge()
+    assert torch.equal(model(x), y)
+    site = handle.sites["0"]
+    a, b = handle.adapter("0").A.detach(), handle.adapter("0").B.detach()
+    assert torch.equal(site.down_from_file(site.down_to_file(a), r), a)
+    assert torch.equal(site.up_from_file(site.up_to_file(b), r), b)
