@@ -83,8 +83,13 @@ def load_causal(located: Located, dtype: torch.dtype) -> Any:
     return _loaded(located, lambda: AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype))
 
 
-def load_classifier(located: Located, dtype: torch.dtype, labels: tuple[str, ...], pad: int) -> tuple[Any, list[str]]:
-    """A sequence classifier in `dtype`, and the paths of the modules that its checkpoint did not hold (the head)."""
+def load_classifier(
+    located: Located, dtype: torch.dtype, labels: tuple[str, ...], pad: int, *, seed: int = 42
+) -> tuple[Any, list[str]]:
+    """A sequence classifier in `dtype`, and the paths of the modules that its checkpoint did not hold (the head).
+
+    The values of those are drawn from `seed`, whatever was drawn before.
+    """
     from transformers import AutoModelForSequenceClassification
 
     options = {
@@ -94,7 +99,11 @@ def load_classifier(located: Located, dtype: torch.dtype, labels: tuple[str, ...
         "label2id": {label: index for index, label in enumerate(labels)},
         "output_loading_info": True,
     }
-    model, info = _loaded(located, lambda: AutoModelForSequenceClassification.from_pretrained(located.path, **options))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, info = _loaded(
+            located, lambda: AutoModelForSequenceClassification.from_pretrained(located.path, **options)
+        )
     model.config.pad_token_id = pad
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     return model, sorted(missing)

@@ -135,7 +135,7 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
         model = load_causal(located, dtype)
         loss = NextToken(SupervisedLoss.prepare(model))
         return Task(model, tokenizer, located, data, data.samples, loss, Collator(pad), [], fingerprint)
-    model, head = load_classifier(located, dtype, data.labels, pad)
+    model, head = load_classifier(located, dtype, data.labels, pad, seed=settings.seed)
     if head:
         notify(f"new in this model, and trained in full: {', '.join(head)}")
     return Task(model, tokenizer, located, data, [], Classes(), LabelCollator(pad), head, fingerprint)

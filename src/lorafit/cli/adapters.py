@@ -1,0 +1,154 @@
+"""A base model with an adapter on it, as `eval`, `chat` and `merge` load them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import CheckpointError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.handle import Handle
+    from lorafit.training.models import Located
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CAUSAL = "CAUSAL_LM"
+CLASSES = "SEQ_CLS"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What there is to load, before it is loaded.
+
+    Attributes:
+        adapter: its folder, None for the base alone.
+        located: the base model.
+        task_type: `CAUSAL` or `CLASSES`.
+        labels: the names of a classifier's classes by index; empty for a language model.
+        tokenizer_path: where the tokenizer is read from: the adapter's folder if it has one.
+    """
+
+    adapter: Path | None
+    located: Located
+    task_type: str
+    labels: tuple[str, ...]
+    tokenizer_path: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer and the adapter on it.
+
+    Attributes:
+        model: in evaluation mode, on the device that computes.
+        tokenizer: with a padding token.
+        handle: the adapter; None for the base alone.
+        head: modules that the base's files do not hold, whose values are drawn at random.
+    """
+
+    model: Any
+    tokenizer: Any
+    handle: Handle | None
+    head: tuple[str, ...]
+
+
+def describe(adapter: Path | None, model: str | None, labels: str | None, say: Callable[[str], None]) -> Description:
+    """Reads what an adapter's folder says of itself.
+
+    Raises:
+        CheckpointError: there is no adapter.
+        ConfigError: its base model or its classes are not known.
+    """
+    from lorafit import store
+    from lorafit.training.models import locate
+
+    config: dict[str, Any] = {}
+    if adapter is not None:
+        stored = store.read(adapter)
+        config = stored.config
+        model = model or config.get("base_model_name_or_path")
+        if not model:
+            raise ConfigError(
+                "the adapter does not say which model it belongs to",
+                where=f"{stored.config_path}: base_model_name_or_path",
+                expected="a model directory or a hub name",
+                fix="--model DIR|NAME",
+            )
+    task_type = config.get("task_type") or CAUSAL
+    if task_type not in (CAUSAL, CLASSES):
+        raise ConfigError(
+            "adapters for this task are not known to this command",
+            where=f"{adapter}/{store.CONFIG}: task_type",
+            found=repr(task_type),
+            expected=f"{CAUSAL} or {CLASSES}",
+            fix="load it with lorafit.load in Python",
+        )
+    located = locate(model, say)
+    names = _labels(adapter, labels) if adapter is not None and task_type == CLASSES else ()
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return Description(adapter, located, task_type, names, str(adapter) if own else located.path)
+
+
+def _labels(adapter: Path, labels: str | None) -> tuple[str, ...]:
+    from lorafit.training.folder import LABELS
+
+    if labels is not None:
+        return tuple(name.strip() for name in labels.split(","))
+    path = adapter / LABELS
+    if not path.is_file():
+        raise CheckpointError(
+            "the adapter's folder does not name the classifier's classes",
+            where=path,
+            found="no such file",
+            expected="the names of the classes, in the order of the head",
+            fix="--labels negative,positive",
+        )
+    return tuple(json.loads(path.read_text(encoding="utf-8")))
+
+
+def load(described: Description, dtype: str | None) -> Loaded:
+    """Loads it.
+
+    Raises:
+        LorafitError: the model or the adapter cannot be loaded, or they do not fit each other.
+    """
+    from lorafit.checkpoint import load as load_adapter
+    from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer
+
+    located, device = described.located, computing_device()
+    tokenizer = load_tokenizer(Located(described.tokenizer_path, located.name))
+    kind = choose_dtype(dtype or "auto", device)
+    head: list[str] = []
+    if described.task_type == CLASSES:
+        model, head = load_classifier(located, kind, described.labels, tokenizer.pad_token_id)
+    else:
+        model = load_causal(located, kind)
+    model.to(device).eval()
+    handle = None if described.adapter is None else load_adapter(model, described.adapter)
+    return Loaded(model, tokenizer, handle, tuple(head))
+
+
+def check_dtype(name: str | None) -> None:
+    """Raises `ConfigError` for a name that is no dtype's."""
+    if name not in (None, *DTYPES):
+        raise ConfigError(
+            "no such type",
+            where="--dtype",
+            found=repr(name),
+            expected=", ".join(DTYPES),
+            near=nearest(str(name), DTYPES),
+            fix="--dtype float32",
+        )
+
+
+def computing_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else found

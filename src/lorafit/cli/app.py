@@ -1,0 +1,66 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from lorafit.cli import chat, check, demo, eval, merge, methods, train  # noqa: A004 (a command is called eval)
+from lorafit.cli.exits import USAGE
+from lorafit.cli.openended import OpenEnded, dashed
+from lorafit.cli.options import Debug
+
+EPILOG = "Exit status: 0 done, 1 input or data must be mended, 2 wrong usage, 130 interrupted."
+
+
+def command() -> Any:
+    """The whole command line, ready for `main(args=...)`."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"token_normalize_func": dashed, "help_option_names": ["--help", "-h"]},
+        epilog=EPILOG,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    app.command("demo", help=_unwrapped(demo.demo))(demo.demo)
+    app.command("train", help=_unwrapped(train.train), cls=OpenEnded, epilog=train.EPILOG)(train.train)
+    app.command("eval", help=_unwrapped(eval.evaluate))(eval.evaluate)
+    app.command("chat", help=_unwrapped(chat.chat))(chat.chat)
+    app.command("merge", help=_unwrapped(merge.merge))(merge.merge)
+    app.command("check", help=_unwrapped(check.check))(check.check)
+    app.command("methods", help=_unwrapped(methods.methods))(methods.methods)
+    return typer.main.get_command(app)
+
+
+def _unwrapped(function: Callable[..., None]) -> str:
+    """The docstring with each paragraph in one line, for Typer to wrap."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lorafit import __version__
+
+        typer.echo(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    context: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Low-rank adaptation of language models and classifiers: train, try, measure, merge.
+
+    Begin with `lorafit demo`: it fine-tunes a small model that comes along, and shows what changed.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(USAGE)

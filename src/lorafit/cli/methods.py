@@ -1,0 +1,85 @@
+"""`lorafit methods`: the household, from `lorafit.METHODS`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorafit.cli import options
+
+if TYPE_CHECKING:
+    from lorafit.layers import Shape
+
+DEFAULT = "SmolLM2-135M"
+LAYERS = 30
+SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+"""Of one layer of SmolLM2-135M (q, k, v, o, gate, up, down), so that the table needs no model."""
+
+
+def methods(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="DIR|NAME",
+            help=f"Count the trained numbers for this model. Only its config is read. Default: {DEFAULT}.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """List the methods: what each trains, how many numbers that is, and its paper."""
+    from lorafit.cli.screen import Screen
+    from lorafit.layers import Shape
+    from lorafit.methods import METHODS
+
+    screen = Screen(as_json)
+    shapes = [Shape(*shape) for shape in SHAPES * LAYERS] if model is None else shapes_of(model)
+    name = DEFAULT if model is None else model
+    counts = {key: kind().num_trainable(shapes) for key, kind in METHODS.items()}
+    rows = [(key, kind.trains, f"{counts[key]:,}", kind.paper) for key, kind in METHODS.items()]
+    screen.table(("method", "trains", "numbers", "paper"), rows, right=(2,))
+    screen.say(f"numbers: trained at the defaults on the {len(shapes)} linear layers of {name} (all-linear)")
+    screen.result(
+        {
+            "model": name,
+            "sites": len(shapes),
+            "methods": [
+                {"name": key, "trains": kind.trains, "numbers": counts[key], "paper": kind.paper}
+                for key, kind in METHODS.items()
+            ],
+        }
+    )
+
+
+def shapes_of(model: str) -> list[Shape]:
+    """The shapes of a model's linear layers; its weights are not loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from lorafit.cli.quiet import quiet
+    from lorafit.errors import ConfigError
+    from lorafit.layers import site_class
+    from lorafit.plan import Modules, all_linear
+    from lorafit.training.models import locate
+
+    quiet()
+    located = locate(model, lambda _: None)
+    try:
+        with torch.device("meta"):
+            empty = AutoModel.from_config(AutoConfig.from_pretrained(located.path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model's config cannot be read: {str(error).strip().partition(chr(10))[0]}",
+            where=f"model: {model}",
+            fix="name a model directory, or a hub name that can be reached",
+        ) from error
+    modules = Modules.of(empty)
+    shapes = []
+    for path in all_linear(modules):
+        module = modules.by_path[path]
+        kind = site_class(type(module))
+        assert kind is not None
+        shapes.append(kind(module).shape)
+    return shapes

@@ -1,0 +1,154 @@
+"""The options that several commands share. Every option may be spelled with dashes or with underscores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DATA = "Data"
+MODEL = "Model"
+METHOD = "Method"
+TRAINING = "Training"
+RUN = "Run"
+ANSWERS = "Answers"
+
+
+def _debug(context: typer.Context, value: bool) -> bool:
+    if value:
+        context.obj.debug = True
+    return value
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug, rich_help_panel=RUN)
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object to stdout; all text for people goes to stderr.", rich_help_panel=RUN
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="DIR|NAME",
+        help="A model directory or a hub name. Default: the embedded SmolLM2-135M-Instruct.",
+        rich_help_panel=MODEL,
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="DIR|NAME",
+        help="The base model. Default: the one that the adapter's files name.",
+        rich_help_panel=MODEL,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Of the base model: float32, bfloat16, float16, or auto (bfloat16 where the hardware has it).",
+        rich_help_panel=MODEL,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="PATH|NAME",
+        help="A file (jsonl, json, csv, tsv, parquet, txt, md), a directory of such files, or a hub name. "
+        "Default: embedded questions on Python's standard library.",
+        rich_help_panel=DATA,
+    ),
+]
+DataSplit = Annotated[
+    str | None,
+    typer.Option("--data-split", metavar="NAME", help="Split of a hub data set: train, test.", rich_help_panel=DATA),
+]
+EvalData = Annotated[
+    str | None,
+    typer.Option("--eval-data", metavar="PATH|NAME", help="Held-out data.", rich_help_panel=DATA),
+]
+EvalSplit = Annotated[
+    str | None,
+    typer.Option(
+        "--eval-split",
+        metavar="SHARE|NUMBER",
+        help="Instead: hold out a share or a number (200) of the records; 0 for none. Default: 0.1.",
+        rich_help_panel=DATA,
+    ),
+]
+EvalLimit = Annotated[
+    int | None,
+    typer.Option("--eval-limit", help="Evaluate on so many held-out records at most.", rich_help_panel=DATA),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        metavar="ROLE=COLUMN",
+        help="Where columns go by other names: --columns prompt=q --columns completion=a.",
+        rich_help_panel=DATA,
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="causal-lm, sequence-classification, or auto (what the records are).",
+        rich_help_panel=DATA,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", help="Tokens of the longest sequence; longer ones are cut.", rich_help_panel=DATA),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings from a YAML file; flags win.", rich_help_panel=RUN),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting by name, above the file and below the flags: --set rank_pattern.q_proj=8.",
+        rich_help_panel=RUN,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Of the split, the initial values and the order of the data.", rich_help_panel=RUN),
+]
+OutputDir = Annotated[
+    str | None,
+    typer.Option(
+        "--output-dir",
+        metavar="DIR",
+        help="Where the run lives. The same command goes on there after an interruption.",
+        rich_help_panel=RUN,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="So many held-out questions are answered and shown.", rich_help_panel=ANSWERS),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", help="Length of the longest answer.", rich_help_panel=ANSWERS)
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="A,B,...",
+        help="Names of a classifier's classes in the order of its head, where the adapter's folder does not tell.",
+        rich_help_panel=MODEL,
+    ),
+]
