@@ -1,7 +1,7 @@
 """LoRA under your own `transformers.Trainer`: hand it the adapter's optimizer, and nothing else changes.
 
-Run it with `python examples/transformers_trainer.py`: a few seconds. The model is a tiny Llama with random weights, so that
-nothing is downloaded; put `AutoModelForCausalLM.from_pretrained(...)` in its place.
+Run it with `python examples/transformers_trainer.py`: a few seconds. The model is a tiny Llama with random weights, so
+that nothing is downloaded; put `AutoModelForCausalLM.from_pretrained(...)` in its place.
 """
 
 from __future__ import annotations

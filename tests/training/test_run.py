@@ -297,9 +297,7 @@ def test_a_classifier_learns_and_its_new_head_is_saved_with_the_adapter(
         for first, second, third in fillers
         for label in words
     ]
-    outcome = run(
-        model=str(encoder_dir), data=write("films.jsonl", rows), eval_split=0.25, max_steps=60, dropout=0.0
-    )
+    outcome = run(model=str(encoder_dir), data=write("films.jsonl", rows), eval_split=0.25, max_steps=60, dropout=0.0)
     assert outcome.eval_before == pytest.approx(0.69, abs=0.2)
     assert outcome.eval_after is not None and outcome.eval_after < 0.4
     assert outcome.shown == ()
