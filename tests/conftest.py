@@ -85,7 +85,7 @@ LAYERS = [
     Layer("Linear", nn.Linear, (6, 8), (3, 5, 6)),
     Layer("Linear-nobias", nn.Linear, (6, 8), (3, 6), {"bias": False}),
     Layer("Embedding", nn.Embedding, (11, 8), (3, 5)),
-    Layer("Embedding-padding", nn.Embedding, (11, 8), (3, 5), {"padding_idx": 3, "scale_grad_by_freq": True}),
+    Layer("Embedding-padding", nn.Embedding, (11, 8), (4, 9), {"padding_idx": 3, "scale_grad_by_freq": True}),
     Layer("HFConv1D", Conv1D, (8, 6), (3, 5, 6)),
     *_convolutions(),
     Layer("Conv2d-anisotropic", nn.Conv2d, (4, 8), (2, 4, 9, 8), {"kernel_size": (3, 2), "stride": (2, 1)}),

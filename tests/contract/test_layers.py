@@ -59,6 +59,31 @@ def test_gradients_reach_what_is_declared_and_nothing_else(layer, method, fill):
     assert all(parameter.grad.abs().sum() > 0 for parameter in handle.parameters())
 
 
+def test_gradients_are_those_of_the_weights_gradient(layer, method, fill):
+    # W' = W + Δ(A, B): with G = dL/dW' of a plain layer, dL/dA and dL/dB follow by the chain rule through Δ alone.
+    model, plain = layer.model().double().eval(), layer.model().double().eval()
+    handle = lf.attach(model, method, TARGETS)
+    fill(handle)
+    site, adapter = handle.sites["layer"], handle.adapter("layer")
+    padding = layer.options.get("padding_idx")
+    if padding is not None:
+        with torch.no_grad():
+            adapter.A[:, padding] = 0  # where it starts, and stays, for want of a gradient
+    x = layer.input() if site.shape.lookup else layer.input().double()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        plain.layer.weight += handle.delta("layer")
+    plain(x).sin().sum().backward()
+    model(x).sin().sum().backward()
+    change = site.unfold(adapter.update(site.weight).delta.dense())
+    expected = torch.autograd.grad((change * plain.layer.weight.grad).sum(), (adapter.A, adapter.B))
+    torch.testing.assert_close(adapter.A.grad, expected[0], rtol=1e-9, atol=1e-9)
+    if "scale_grad_by_freq" not in layer.options:  # that option rescales the rows of a table, and B is none
+        torch.testing.assert_close(adapter.B.grad, expected[1], rtol=1e-9, atol=1e-9)
+    if padding is not None:
+        assert padding in x and not adapter.A.grad[:, padding].any()
+
+
 def test_at_the_start_only_one_factor_has_a_gradient(layer):
     # dL/dA = s Bᵀ G = 0 while B = 0 (embeddings: roles swapped), and dL/dB is not.
     model = layer.model()
