@@ -1,4 +1,4 @@
-"""LoRA in a loop of your own, on any PyTorch model: here a small network of convolutions on images of digits.
+"""LoRA in a loop of your own, on any PyTorch model: here a small network of convolutions on images of shapes.
 
 Run it with `python examples/plain_loop.py`: a few seconds. The model first learns to say where a bar
 is, is then adapted to say where a blob is, counted from the other end, and afterwards both tasks are there: one with

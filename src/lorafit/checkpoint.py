@@ -140,6 +140,7 @@ def _report_unknown(parsed: Parsed, stored: Stored, paths: Sequence[str]) -> Non
     for names, what in (
         (parsed.unknown, "settings that are not known here are left out of the mathematics"),
         (idle, "keys of patterns that match no layer have no effect"),
+        (stored.edited, "differs from the config that was saved with the weights, and is used as it is"),
     ):
         if names:
             warnings.warn(f"{stored.config_path}: {what}: {some(names)}", LorafitWarning, stacklevel=3)

@@ -16,22 +16,14 @@ from torch import Tensor, nn
 from lorafit import merging, store
 from lorafit.adapted import bank_of, banks, check_removable, check_together, uninstall, walk
 from lorafit.errors import MergeError, StateError, TrainingError, nearest, some
-from lorafit.hooks import StepHooks
+from lorafit.hooks import StepHooks, check_gradients
 from lorafit.layers import Shape, Site
+from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method
 from lorafit.peft_layout import Description, Placed
 from lorafit.plan import Modules, Planned
 
-LEDGER = "_lorafit"
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
-
-
-class Ledger:
-    """What a model remembers of its adapters: their names in order, and which of its parameters were trainable."""
-
-    def __init__(self, trainable: Sequence[str]) -> None:
-        self.trainable = tuple(trainable)
-        self.names: tuple[str, ...] = ()
 
 
 class Handle:
@@ -276,25 +268,12 @@ class Handle:
 
     def _check_first_step(self, allow_unused: bool) -> None:
         self.check_sites("train")
-        unused = [key for key, parameter in self.named_parameters() if parameter.grad is None]
-        if not unused or (allow_unused and len(unused) < len(self.parameters())):
-            return
+        idle = None
         if self.name not in self.active:
-            found, fix = f"adapter {self.name!r} is not active", f"handle.activate({self.name!r})"
+            idle = (f"adapter {self.name!r} is not active", f"handle.activate({self.name!r})")
         elif self._folded is not None:
-            found, fix = f"adapter {self.name!r} is merged", "handle.unmerge()"
-        else:
-            found = f"{len(unused)} tensors: {some(unused, 3)}"
-            fix = (
-                "leave layers that the loss does not reach out with exclude=; under gradient checkpointing use "
-                "use_reentrant=False; bind(optimizer, allow_unused=True) if some layers rightly see no data"
-            )
-        raise TrainingError(
-            "the first step has come, and adapters got no gradient",
-            found=found,
-            expected="a gradient for every trained tensor",
-            fix=fix,
-        )
+            idle = (f"adapter {self.name!r} is merged", "handle.unmerge()")
+        check_gradients(list(self.named_parameters()), idle, allow_unused)
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         return [*((path, site.module) for path, site in self._sites.items()), *self._saved.items()]
@@ -421,6 +400,7 @@ class Handle:
 
         Args:
             path: a folder; an adapter whose name is not "default" goes into its sub-folder of that name, as PEFT's do.
+                A README.md that is there already is kept.
             base_model: name or path of the base model, for those who load it.
             task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS".
 

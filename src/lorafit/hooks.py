@@ -5,12 +5,43 @@ A bare loop, `transformers.Trainer`, TRL and Lightning call `optimizer.step()`: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from lorafit.errors import TrainingError, some
 from lorafit.method import Schedule
+
+
+def check_gradients(
+    named: Sequence[tuple[str, nn.Parameter]], idle: tuple[str, str] | None, allow_unused: bool
+) -> None:
+    """Looks whether an adapter learns at all.
+
+    Args:
+        named: its trained parameters.
+        idle: why the whole adapter does not act, and what mends it; None when it acts.
+        allow_unused: accept parameters without a gradient, as long as one has one.
+
+    Raises:
+        TrainingError: the adapter does not act, or parameters got no gradient.
+    """
+    unused = [key for key, parameter in named if parameter.grad is None]
+    if idle is None and (not unused or (allow_unused and len(unused) < len(named))):
+        return
+    found, fix = idle or (
+        f"{len(unused)} tensors: {some(unused, 3)}",
+        "leave layers that the loss does not reach out with exclude=; under gradient checkpointing use "
+        "use_reentrant=False; bind(optimizer, allow_unused=True) if some layers rightly see no data",
+    )
+    raise TrainingError(
+        "the first step has come, and adapters got no gradient",
+        found=found,
+        expected="a gradient for every trained tensor",
+        fix=fix,
+    )
 
 
 class StepHooks:

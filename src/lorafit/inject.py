@@ -9,8 +9,9 @@ from torch import nn
 
 from lorafit.adapted import RESERVED, adapted, banks, install, plain_copy, prepare, replaced
 from lorafit.errors import ConfigError, StateError, some
-from lorafit.handle import LEDGER, Handle, Ledger
+from lorafit.handle import Handle
 from lorafit.layers import Site
+from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method
 from lorafit.plan import Modules, Planned, check_model, choose, plan, saved_paths
 from lorafit.targets import ALL_LINEAR, Targets

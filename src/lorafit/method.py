@@ -36,7 +36,10 @@ class Adapter(nn.Module, ABC):
 
 
 class Schedule(ABC):
-    """What a method does around the optimizer step. Its state is saved with training checkpoints."""
+    """What a method does around the optimizer step.
+
+    With `optimizer.step(closure)` the gradients come inside the step: `before_step` then runs before they exist.
+    """
 
     @abstractmethod
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, uint8
 from lorafit import files
 from lorafit.card import model_card
 from lorafit.errors import CheckpointError, some
+from lorafit.peft_config import USED
 from lorafit.peft_layout import Description, config_of, tensors_of
 
 CONFIG = "adapter_config.json"
@@ -34,13 +35,18 @@ CHECKSUM = "lorafit_crc32"
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter as its folder holds it; `ours` tells a file that this library wrote."""
+    """An adapter as its folder holds it.
+
+    `ours` tells a file that this library wrote; `edited` names the settings by which its config asks for other
+    mathematics than the config that was saved with the weights.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     config_path: Path
     weights_path: Path
     ours: bool = False
+    edited: tuple[str, ...] = ()
 
 
 def write(folder: Path, description: Description) -> None:
@@ -103,7 +109,8 @@ def read(path: Path, name: str = "default") -> Stored:
     """Reads an adapter's folder; nothing is interpreted yet.
 
     Args:
-        path: the folder, or the folder that holds it under the adapter's name (which is looked at first).
+        path: the folder, or the folder that holds it under the adapter's name (which is looked at first unless
+            the name is "default").
         name: the adapter's name.
 
     Raises:
@@ -131,16 +138,30 @@ def read(path: Path, name: str = "default") -> Stored:
             expected=metadata[CHECKSUM],
             fix="copy or download it again, or go back to an earlier checkpoint",
         )
-    config = _read_config(config_path, metadata)
-    return Stored(config, tensors, config_path, weights_path, ours=CONFIG_COPY in metadata)
+    config, edited = _read_config(config_path, metadata)
+    return Stored(config, tensors, config_path, weights_path, ours=CONFIG_COPY in metadata, edited=edited)
 
 
-def _read_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     text = _text(path)
     copy = metadata.get(CONFIG_COPY)
     if copy is not None and copy != text:
         pending = [left for left in path.parent.glob(f".{CONFIG}.*.tmp") if _text(left) == copy]
         text = copy if pending else text
+    config = _parsed(text, path)
+    return config, () if copy is None else _differences(config, _parsed(copy, path))
+
+
+def _differences(config: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings by which a config asks for other mathematics than the one that was saved with the weights."""
+    return tuple(
+        f"{key} (saved as {saved.get(key)!r}, now {config.get(key)!r})"
+        for key in sorted(USED)
+        if config.get(key) != saved.get(key)
+    )
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:

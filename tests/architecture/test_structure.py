@@ -27,7 +27,7 @@ TIERS = (
     ("methods.lora",),
     ("methods",),
     ("adapted",),
-    ("plan", "merging", "hooks", "peft_layout"),
+    ("plan", "merging", "hooks", "ledger", "peft_layout"),
     ("peft_config", "card"),
     ("store",),
     ("handle",),

@@ -144,7 +144,8 @@ def test_a_config_edited_by_hand_is_what_counts(tmp_path):
     adapter(4).save(tmp_path)
     text = (tmp_path / CONFIG).read_text().replace('"lora_alpha": 12', '"lora_alpha": 20')
     (tmp_path / CONFIG).write_text(text)
-    handle = lf.load(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), tmp_path)
+    with pytest.warns(lf.LorafitWarning, match=r"lora_alpha \(saved as 12, now 20\)"):
+        handle = lf.load(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), tmp_path)
     assert handle.adapter("0").scale == 5
 
 

@@ -301,6 +301,7 @@ def test_every_flipped_byte_of_the_values_is_noticed(folder):
         refused(folder, "changed after it was written", WEIGHTS, "checksum")
 
 
+@pytest.mark.filterwarnings("ignore:.*differs from the config that was saved:lorafit.LorafitWarning")
 def test_flipped_bytes_of_the_header_never_give_another_adapter(folder):
     """A damaged header is an error, or it changed nothing that counts: never other values in silence."""
     file = folder / WEIGHTS

@@ -1,4 +1,4 @@
-"""`lorafit demo`: the whole job on the embedded model and data, in about a minute."""
+"""`lorafit demo`: the whole job on the embedded model and data."""
 
 from __future__ import annotations
 
