@@ -174,6 +174,27 @@ def test_a_checkpoint_that_was_cut_off_is_removed_and_the_one_before_is_used(run
     assert again.steps == 10
 
 
+def test_a_full_disk_is_told_and_costs_the_last_steps_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    from lorafit.training.trainer import AdapterTrainer
+
+    original = AdapterTrainer._save_optimizer_and_scheduler
+
+    def full(self: Any, folder: str) -> None:
+        if self.state.global_step == 6:
+            raise RuntimeError("unexpected pos 26182656 vs 26182548")  # what torch.save says
+        original(self, folder)
+
+    monkeypatch.setattr(AdapterTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(lf.TrainingError, match=r"cannot be written(.|\n)*checkpoint-6(.|\n)*free(.|\n)*goes on"):
+        run()
+    assert [path.name for path in Path(settings["output_dir"]).glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    assert run().status == "done"
+    assert any("goes on from step 3" in line for line in run.said)  # type: ignore[attr-defined]
+
+
 def test_a_finished_run_is_not_run_again(run: Run) -> None:
     first = run(max_steps=2)
     before = (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns

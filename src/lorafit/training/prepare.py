@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from lorafit.errors import ConfigError
 from lorafit.training.batches import Collator, LabelCollator
+from lorafit.training.classify import EncodedLabel
 from lorafit.training.config import Settings
 from lorafit.training.data import (
     Data,
@@ -157,5 +158,6 @@ def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> Data | Label
 def _fingerprint(data: Data | LabelledData) -> str:
     digest = hashlib.sha256()
     for one in [*data.train, *data.eval]:
-        digest.update(json.dumps([list(one.input_ids), one.where]).encode())
+        learnt = one.label if isinstance(one, EncodedLabel) else list(one.labels)
+        digest.update(json.dumps([list(one.input_ids), learnt]).encode())
     return digest.hexdigest()

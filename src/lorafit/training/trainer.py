@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,8 +203,19 @@ class AdapterTrainer(Trainer):
         self.handle.save(folder, base_model=self._base_model, task_type=self.objective.task_type)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(self.args.output_dir).free / 2**20
+            raise TrainingError(
+                "the checkpoint cannot be written",
+                where=folder,
+                found=f"{type(error).__name__}: {error}; {free:,.0f} MiB free",
+                expected="a folder with enough free space",
+                fix="free some space; the same command then goes on from the checkpoint before",
+            ) from error
         if self.args.should_save and folder.is_dir():
             # Last of all: a checkpoint without it was cut off by a kill and is not resumed from.
             files.write_text(folder / COMPLETE, json.dumps({"step": self.state.global_step}))
