@@ -94,8 +94,9 @@ class Interrupt(TrainerCallback):
 class Bar(TrainerCallback):
     """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, meter: Meter) -> None:
         self._console = console
+        self._meter = meter
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -115,11 +116,15 @@ class Bar(TrainerCallback):
         self._progress.start()
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
 
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" in logs:
-            figures = f"loss {logs['loss']:.3f}"
+            figures = f"loss {logs['loss']:.3f}, {self._meter.rate:,.0f} tokens/s"
             if self._progress is not None:
-                self._progress.update(self._task, completed=state.global_step, figures=figures)
+                self._progress.update(self._task, figures=figures)
             elif state.global_step % max(1, state.max_steps // 10) == 0:
                 self._console.print(f"step {state.global_step} of {state.max_steps}: {figures}")
         elif "eval_loss" in logs:

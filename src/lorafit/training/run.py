@@ -149,7 +149,7 @@ class _Run:
         before = self._first_evaluation(trainer)
         self._estimate(task, trainer)
         first = self._first_answers(task, handle)
-        interrupt, bar = Interrupt(self.notify), Bar(self.console)
+        interrupt, bar = Interrupt(self.notify), Bar(self.console, trainer.meter)
         for callback in (Recording(self.recorder, trainer.meter), interrupt, bar):
             trainer.add_callback(callback)
         try:

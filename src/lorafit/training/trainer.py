@@ -25,12 +25,13 @@ from lorafit.training.objectives import Objective
 
 
 class Meter:
-    """Counts tokens and seconds of training since it was last read."""
+    """Counts tokens and seconds of training since it was last read; `rate` is tokens per second up to that reading."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.supervised = 0
         self.seconds = 0.0
+        self.rate = 0.0
         self.total_seconds = 0.0
         self.total_tokens = 0
         self._started: float | None = None
@@ -55,11 +56,11 @@ class Meter:
 
     def read(self) -> dict[str, Any]:
         """The figures since the last reading, which are then set to zero."""
-        rate = self.tokens / self.seconds if self.seconds else None
+        self.rate = self.tokens / self.seconds if self.seconds else 0.0
         figures = {
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
-            "tokens_per_second": rate,
+            "tokens_per_second": self.rate or None,
             "seconds": self.seconds,
         }
         self.tokens = self.supervised = 0
