@@ -158,6 +158,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert resumed.eval_before == pytest.approx(whole.eval_before, abs=0)
     assert resumed.eval_after == whole.eval_after
+    assert (whole.resumed_from, resumed.resumed_from) == (0, 6)
     by_step = {r["step"]: r["loss"] for r in records(resumed.folder.path) if r["event"] == "step"}
     assert by_step == {r["step"]: r["loss"] for r in records(whole.folder.path) if r["event"] == "step"}
     assert [shown.before for shown in resumed.shown] == [shown.before for shown in whole.shown]

@@ -131,7 +131,10 @@ def _figures(outcome: Outcome, summary: Summary) -> list[tuple[str, str, str]]:
 def _costs(outcome: Outcome, summary: Summary) -> str:
     rate = "" if summary.tokens_per_second is None else f", {summary.tokens_per_second:,.0f} tokens/s"
     peak = "" if outcome.peak_rss_bytes is None else f"; peak memory {outcome.peak_rss_bytes / 2**30:.2f} GiB"
-    return f"{outcome.steps:,} steps in {outcome.train_seconds:.1f} s{rate}; {outcome.seconds:.1f} s in all{peak}"
+    steps = f"{outcome.steps - outcome.resumed_from:,} steps"
+    if outcome.resumed_from:
+        steps += f" (after {outcome.resumed_from:,} of an earlier start)"
+    return f"{steps} in {outcome.train_seconds:.1f} s{rate}; {outcome.seconds:.1f} s in all{peak}"
 
 
 def _as_json(outcome: Outcome, report: Path | None, summary: Summary | None) -> dict[str, Any]:

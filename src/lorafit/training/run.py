@@ -54,6 +54,7 @@ class Outcome:
         folder: where everything is.
         adapter: the finished adapter (a checkpoint, if interrupted).
         steps: optimizer steps done in all.
+        resumed_from: the step from which the last process went on.
         eval_before, eval_after: held-out loss in nats per prediction, None without held-out data.
         train_seconds: time in steps, in this process.
         seconds: time in all, in this process.
@@ -65,6 +66,7 @@ class Outcome:
     folder: RunFolder
     adapter: Path
     steps: int
+    resumed_from: int
     eval_before: float | None
     eval_after: float | None
     train_seconds: float
@@ -282,7 +284,9 @@ class _Run:
         )
         outcome = self._outcome("done", self.folder.adapter, trainer, before, after, shown)
         self.recorder.write("end", **_figures(outcome), adapter=self.folder.adapter.name, message="")
-        self.folder.finish({**_figures(outcome), "shown": [asdict(one) for one in shown]})
+        self.folder.finish(
+            {**_figures(outcome), "resumed_from": outcome.resumed_from, "shown": [asdict(one) for one in shown]}
+        )
         return outcome
 
     def _outcome(
@@ -299,6 +303,7 @@ class _Run:
             folder=self.folder,
             adapter=adapter,
             steps=trainer.state.global_step,
+            resumed_from=self._step(),
             eval_before=before,
             eval_after=after,
             train_seconds=trainer.meter.total_seconds,
@@ -313,6 +318,7 @@ class _Run:
             folder=self.folder,
             adapter=self.folder.adapter,
             steps=done["steps"],
+            resumed_from=done["resumed_from"],
             eval_before=done["eval_loss_before"],
             eval_after=done["eval_loss_after"],
             train_seconds=done["train_seconds"],
