@@ -276,6 +276,16 @@ def test_settings_of_the_trainer_and_of_the_method_work_together(run: Run, chang
     assert outcome.eval_after < outcome.eval_before
 
 
+def test_the_best_adapter_is_what_is_saved_and_what_is_reported(run: Run) -> None:
+    # A rate at which the loss soon rises again: the best evaluation is not the last.
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    outcome = run(**best, learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0, dropout=0.0)
+    during = [r for r in records(outcome.folder.path) if r["event"] == "evaluation" and r["step"] > 0]
+    lowest = min(record["loss"] for record in during)
+    assert during[9]["loss"] > lowest + 1e-3  # step 10, the last
+    assert outcome.eval_after == pytest.approx(lowest, rel=1e-6)
+
+
 def test_gradient_checkpointing_changes_no_number(run: Run, tmp_path: Path) -> None:
     plain, recomputed = (
         run(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, max_steps=3) for on in (False, True)

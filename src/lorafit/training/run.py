@@ -144,7 +144,7 @@ class _Run:
         self.folder.check_data(task.fingerprint)
         handle = self._attach(task)
         if "learning_rate" not in self.settings.training:
-            arguments.learning_rate = default_rate(task.model.config.hidden_size)
+            arguments.learning_rate = default_rate(task.model.config.get_text_config().hidden_size)
             self.notify(f"learning rate {arguments.learning_rate:.2g}, from the model's width; --learning-rate sets it")
         trainer = self._trainer(task, handle, arguments)
         self._announce(task, handle, trainer)

@@ -33,7 +33,6 @@ class Meter:
         self.seconds = 0.0
         self.rate = 0.0
         self.total_seconds = 0.0
-        self.total_tokens = 0
         self._started: float | None = None
 
     def start(self) -> None:
@@ -52,7 +51,6 @@ class Meter:
         """A batch went through."""
         self.tokens += tokens
         self.supervised += supervised
-        self.total_tokens += tokens
 
     def read(self) -> dict[str, Any]:
         """The figures since the last reading, which are then set to zero."""
@@ -227,3 +225,4 @@ class AdapterTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         reload(self.handle, self.state.best_model_checkpoint)
+        self.last_evaluated = -1  # the last evaluation was of other values than these
