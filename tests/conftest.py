@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafit as lf
+from lorafit.delta import LowRank, Update
+from lorafit.layers import Shape
+from lorafit.method import Around, Spot
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +121,101 @@ def method(request: pytest.FixtureRequest, layer: Layer) -> lf.LoRA:
     """LoRA and rsLoRA of two ranks, with and without dropout, as `layer` can take them."""
     r, rslora, dropout = request.param
     return lf.LoRA(r=layer.rank(r), alpha=3.0, rslora=rslora, dropout=dropout)
+
+
+class ScaledAdapter(lf.Adapter):
+    """The adapter of `Scaled`: LoRA's A and B, and g."""
+
+    def __init__(self, inner: lf.Adapter) -> None:
+        super().__init__()
+        self.inner = inner
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def update(self, weight: Callable[[], Tensor]) -> Update:
+        delta = self.inner.update(weight).delta
+        assert isinstance(delta, LowRank)
+        mid = self.gate.expand(delta.down.shape[0])
+        return Update(LowRank(delta.up, delta.down, mid=mid, scale=delta.scale, groups=delta.groups))
+
+
+@dataclass(frozen=True)
+class Scaled(Around):
+    """A tenth method, from outside of the package: CONTRIBUTING's, ΔW = g s B A with one trained number g a site."""
+
+    name = "scaled"
+    paper = "none: an example"
+    trains = "A, B, g"
+
+    inner: lf.Method = field(default_factory=lf.LoRA)
+
+    @property
+    def within(self) -> lf.Method:
+        return self.inner
+
+    def around(self, inner: lf.Method) -> Scaled:
+        return Scaled(inner)
+
+    def unwrapped(self, adapter: lf.Adapter) -> lf.Adapter:
+        assert isinstance(adapter, ScaledAdapter)
+        return adapter.inner
+
+    def adapter(self, spot: Spot, *, generator: torch.Generator | None = None) -> lf.Adapter:
+        return ScaledAdapter(super().adapter(spot, generator=generator))
+
+    def adapters(self, spots: Sequence[Spot], *, generator: torch.Generator | None = None) -> dict[str, lf.Adapter]:
+        inner = super().adapters(spots, generator=generator)
+        return {path: ScaledAdapter(adapter) for path, adapter in inner.items()}
+
+    def num_trainable(self, shapes: Iterable[Shape | tuple[int, int]]) -> int:
+        known = list(shapes)
+        return super().num_trainable(known) + len(known)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of the household, made to fit a layer.
+
+    `exact`: a new adapter changes nothing bit for bit (else to rounding). `restored`: a file gives back the method, and
+    not a plain LoRA that computes the same.
+    """
+
+    id: str
+    make: Callable[[Layer], lf.Method]
+    exact: bool = True
+    restored: bool = True
+
+
+HOUSEHOLD = [
+    Member("lora", lambda layer: lf.LoRA(r=layer.rank(2), alpha=4.0)),
+    Member("rslora", lambda layer: lf.LoRA(r=layer.rank(2), alpha=3.0, rslora=True)),
+    Member("pissa", lambda layer: lf.LoRA(r=layer.rank(2), init="pissa"), exact=False),
+    Member("lora-plus", lambda layer: lf.LoRAPlus(r=layer.rank(2), ratio=8.0)),
+    Member("lora-fa", lambda layer: lf.LoRAFA(r=layer.rank(2))),
+    Member("vera", lambda layer: lf.VeRA(r=layer.rank(6), d_init=0.5)),
+    Member("lora-drop", lambda layer: lf.LoRADrop(lf.LoRA(r=layer.rank(2)))),
+    Member("lora-drop-chosen", lambda layer: lf.LoRADrop(lf.LoRA(r=layer.rank(2)), keep=("layer",))),
+    Member("adalora", lambda layer: lf.AdaLoRA(init_r=layer.rank(3), target_r=layer.rank(2), total_steps=12)),
+    Member("dora", lambda layer: lf.DoRA(lf.LoRA(r=layer.rank(2)))),
+    Member("dora-rslora", lambda layer: lf.DoRA(lf.LoRA(r=layer.rank(2), rslora=True))),
+    Member("dora-lora-fa", lambda layer: lf.DoRA(lf.LoRAFA(r=layer.rank(2)))),
+    Member("dora-vera", lambda layer: lf.DoRA(lf.VeRA(r=layer.rank(6), d_init=0.5))),
+    Member(
+        "dora-adalora",
+        lambda layer: lf.DoRA(lf.AdaLoRA(init_r=layer.rank(3), target_r=layer.rank(2), total_steps=12)),
+    ),
+    Member("lora-plus-dora", lambda layer: lf.LoRAPlus(inner=lf.DoRA(lf.LoRA(r=layer.rank(2))))),
+    Member("delta-lora", lambda layer: lf.DeltaLoRA(r=layer.rank(2), start=2)),
+    Member("did", lambda layer: lf.IntrinsicDimension(d=9, layerwise=False)),
+    Member("said", lambda layer: lf.IntrinsicDimension(d=9)),
+    Member("a-tenth", lambda layer: Scaled(lf.LoRA(r=layer.rank(2))), restored=False),
+]
+
+
+@pytest.fixture(params=HOUSEHOLD, ids=lambda member: member.id)
+def member(request: pytest.FixtureRequest) -> Member:
+    """Every method and every composition."""
+    case: Member = request.param
+    return case
 
 
 @pytest.fixture

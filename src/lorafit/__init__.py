@@ -30,40 +30,75 @@ from lorafit.errors import (
 
 if TYPE_CHECKING:
     from lorafit.checkpoint import load
+    from lorafit.combining import combine
+    from lorafit.conversion import convert
     from lorafit.handle import Handle
     from lorafit.inject import attach
-    from lorafit.method import Adapter, Method
-    from lorafit.methods import METHODS, LoRA
+    from lorafit.method import Adapter, Method, Sample
+    from lorafit.methods import (
+        METHODS,
+        AdaLoRA,
+        DeltaLoRA,
+        DoRA,
+        IntrinsicDimension,
+        LoRA,
+        LoRADrop,
+        LoRAFA,
+        LoRAPlus,
+        VeRA,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "AdaLoRA",
     "Adapter",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeltaLoRA",
+    "DoRA",
     "Handle",
+    "IntrinsicDimension",
     "LoRA",
+    "LoRADrop",
+    "LoRAFA",
+    "LoRAPlus",
     "LorafitError",
     "LorafitWarning",
     "MergeError",
     "Method",
     "MissingExtraError",
+    "Sample",
     "StateError",
     "TargetError",
     "TrainingError",
+    "VeRA",
     "attach",
+    "combine",
+    "convert",
     "load",
 ]
 
 _LAZY = {
     "METHODS": "lorafit.methods",
+    "AdaLoRA": "lorafit.methods",
     "Adapter": "lorafit.method",
+    "DeltaLoRA": "lorafit.methods",
+    "DoRA": "lorafit.methods",
     "Handle": "lorafit.handle",
+    "IntrinsicDimension": "lorafit.methods",
     "LoRA": "lorafit.methods",
+    "LoRADrop": "lorafit.methods",
+    "LoRAFA": "lorafit.methods",
+    "LoRAPlus": "lorafit.methods",
     "Method": "lorafit.method",
+    "Sample": "lorafit.method",
+    "VeRA": "lorafit.methods",
     "attach": "lorafit.inject",
+    "combine": "lorafit.combining",
+    "convert": "lorafit.conversion",
     "load": "lorafit.checkpoint",
 }
 

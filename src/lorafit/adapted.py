@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -50,6 +51,8 @@ class Bank(nn.ModuleDict):
         for name, entry in self.items():
             if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 entry.state_dict(destination=state_dict, prefix=f"{prefix}{name}.", keep_vars=True)
+            elif isinstance(entry, Adapter):
+                _fit(entry, state_dict, f"{prefix}{name}.")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def updates(self, site: Site) -> list[Acting]:
@@ -61,6 +64,15 @@ class Bank(nn.ModuleDict):
             dropout = adapter.dropout if adapter.training else 0.0
             updates.append(Acting(adapter.update(site.weight), dropout))
         return updates
+
+
+def _fit(adapter: Adapter, state_dict: dict[str, Any], prefix: str) -> None:
+    """Gives an adapter the shapes that a checkpoint has for it, if it can take them; torch reports it if not."""
+    own = adapter.state_dict()
+    shapes = {key: state_dict[prefix + key].shape for key in own if prefix + key in state_dict}
+    if any(own[key].shape != shape for key, shape in shapes.items()):
+        with suppress(ValueError):
+            adapter.resize(shapes)
 
 
 RESERVED = frozenset(dir(Bank()))

@@ -3,36 +3,77 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
+from lorafit.layouts import LORAFIT, layout_for
 from lorafit.peft_layout import Description
 
 
 def model_card(description: Description) -> str:
     """README.md of an adapter: front matter as the hubs read it, what it is, and how to load it."""
-    base = description.base_model
-    front = ["---", "library_name: peft", "tags:", "- lora", "- lorafit"]
-    if base is not None:
-        front.insert(1, f"base_model: {json.dumps(base)}")
-    settings = "\n".join(f"| {key} | {value} |" for key, value in description.method.settings().items())
-    return f"""{chr(10).join(front)}
----
+    return _card(
+        base=description.base_model,
+        tags=tuple(dict.fromkeys(("lora", "lorafit", description.method.name))),
+        title=f"{description.method.name} adapter",
+        sites=len(description.sites),
+        settings=description.method.settings(),
+        peft=layout_for(description) is not LORAFIT,
+    )
 
-# {description.method.name} adapter
 
-Adapts {len(description.sites)} layers of {f"`{base}`" if base else "its base model"}; trained with lorafit, in the
-file layout of PEFT.
+def plain_card(config: Mapping[str, Any]) -> str:
+    """README.md of an adapter that was made plain LoRA, from its config; it says how far that is from the original."""
+    names = ("r", "lora_alpha", "use_rslora", "lora_dropout")
+    settings: dict[str, object] = {name: config.get(name) for name in names}
+    converted = (config.get("lorafit") or {}).get("converted")
+    if converted is not None:
+        settings["made from"] = converted["from"].get("method", converted["from"].get("peft_type"))
+        settings["relative error of the change"] = f"{converted['error']:.3g}"
+    return _card(
+        base=config.get("base_model_name_or_path"),
+        tags=("lora", "lorafit"),
+        title="lora adapter",
+        sites=None,
+        settings=settings,
+        peft=True,
+    )
+
+
+def _card(
+    *,
+    base: str | None,
+    tags: tuple[str, ...],
+    title: str,
+    sites: int | None,
+    settings: Mapping[str, object],
+    peft: bool,
+) -> str:
+    front = ["---", *([] if base is None else [f"base_model: {json.dumps(base)}"])]
+    front += [f"library_name: {'peft' if peft else 'lorafit'}", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    layers = "layers" if sites is None else f"{sites} layers"
+    layout = "in the file layout of PEFT" if peft else "in lorafit's own file layout: PEFT has none for this method"
+    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    text = f"""{chr(10).join(front)}
+
+# {title}
+
+Adapts {layers} of {f"`{base}`" if base else "its base model"}; trained with lorafit, {layout}.
 
 | setting | value |
 |---|---|
-{settings}
+{rows}
 
 ```python
 import lorafit as lf
 handle = lf.load(model, "this/folder")          # lorafit
 ```
-
+"""
+    if peft:
+        text += """
 ```python
 from peft import PeftModel
 model = PeftModel.from_pretrained(model, "this/folder")   # PEFT
 ```
 """
+    return text

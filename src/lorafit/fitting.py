@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,23 +11,29 @@ from torch import Tensor, nn
 from lorafit.adapted import plain_class, plain_state
 from lorafit.errors import CheckpointError, nearest, some
 from lorafit.layers import Site, site_class
+from lorafit.layouts import FOREIGN_KEYS, Layout, site_rank
+from lorafit.layouts.base import split
 from lorafit.peft_config import Parsed, expected_sites
-from lorafit.peft_layout import FOREIGN_KEYS, PREFIX, SLOT_KEYS, join, saved_as, slots
+from lorafit.peft_layout import PREFIX, join, saved_as
 from lorafit.plan import Modules, all_linear
 from lorafit.store import Stored
-from lorafit.targets import ALL_LINEAR, has_suffix, lookup
+from lorafit.targets import ALL_LINEAR, has_suffix
 
 
 @dataclass
 class Fit:
-    """What a file holds, by place: values of adapters (path → attribute → tensor), of copies (path → key → tensor)."""
+    """What a file holds, by place: values of adapters (path → attribute → tensor), of copies (path → key → tensor).
+
+    `shared` are tensors of all sites together, by key.
+    """
 
     sites: dict[str, Site] = field(default_factory=dict)
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fit(stored: Stored, parsed: Parsed, modules: Modules) -> Fit:
+def fit(stored: Stored, layout: Layout, parsed: Parsed, modules: Modules) -> Fit:
     """Finds a place for every tensor of a file and a tensor for every place.
 
     Raises:
@@ -35,14 +41,24 @@ def fit(stored: Stored, parsed: Parsed, modules: Modules) -> Fit:
             key, found, expected and a fix.
     """
     found = Fit()
+    for path in layout.paths(parsed):
+        found.sites[path] = _site(path, f"{stored.config_path}: {path}", modules)
+        found.adapters[path] = {}
     for key, tensor in stored.tensors.items():
-        _place(key, tensor, found, stored, parsed, modules)
-    _check_complete(found, stored, parsed, modules)
+        _place(key, tensor, found, stored, layout, parsed, modules)
+    _check_complete(found, stored, layout, parsed, modules)
     return found
 
 
-def _place(key: str, tensor: Tensor, found: Fit, stored: Stored, parsed: Parsed, modules: Modules) -> None:
+def _place(
+    key: str, tensor: Tensor, found: Fit, stored: Stored, layout: Layout, parsed: Parsed, modules: Modules
+) -> None:
     where = f"{stored.weights_path}: {key}"
+    if key in layout.shared:
+        _check_finite(where, tensor)
+        _check_floating(where, tensor)
+        found.shared[key] = tensor
+        return
     if not key.startswith(PREFIX):
         raise CheckpointError(
             "unexpected key", where=where, found=repr(key), expected=f"keys that start with {PREFIX!r}",
@@ -50,40 +66,49 @@ def _place(key: str, tensor: Tensor, found: Fit, stored: Stored, parsed: Parsed,
         )  # fmt: skip
     rest = key[len(PREFIX) :]
     _check_finite(where, tensor)
-    path, slot_key = _split(rest, SLOT_KEYS)
+    path, own_key = layout.locate(rest, parsed)
     if path is not None:
-        site = _site(path, where, modules)
-        slot = next((slot for slot in slots(site) if slot.key == slot_key), None)
-        if slot is None:
-            raise CheckpointError(
-                "the adapter was made for a layer of another type",
-                where=where,
-                found=f"{slot_key} for a layer of type {site.kind}",
-                expected=some(slot.key for slot in slots(site)),
-                fix="load the base model that the adapter was trained on",
-            )
-        found.sites[path] = site
-        found.adapters.setdefault(path, {})[slot.attribute] = tensor
+        found.sites[path] = site = _site(path, where, modules)
+        _fill(path, site, own_key, where, tensor, found, layout, parsed)
         return
-    foreign, foreign_key = _split(rest, FOREIGN_KEYS)
+    foreign, foreign_key = split(rest, FOREIGN_KEYS)
     if foreign is not None and foreign in modules.aliases:
         raise CheckpointError(
-            f"the file holds a tensor of {FOREIGN_KEYS[foreign_key]}, which this version does not read",
+            f"the file holds a tensor of {FOREIGN_KEYS[foreign_key]}, and its config says another type of adapter",
             where=where,
-            expected="LoRA tensors: lora_A.weight and lora_B.weight",
-            fix="merge it, or export it as plain LoRA, with the library that wrote it",
+            found=f"{foreign_key} under peft_type = {layout.peft_type!r}, method {parsed.method.name!r}",
+            expected=f"tensors of that type: {some(layout.keys(parsed), 8)}",
+            fix="copy config and weights again from one and the same adapter",
         )
     if not _copy(rest, tensor, found, parsed, modules) and not _same_as_base(rest, tensor, where, modules):
-        raise _unexpected(rest, where, modules)
+        raise _unexpected(rest, where, layout, parsed, modules)
 
 
-def _split(rest: str, keys: Iterable[str]) -> tuple[str | None, str]:
-    for key in keys:
-        if rest == key:
-            return "", key
-        if rest.endswith("." + key):
-            return rest[: -len(key) - 1], key
-    return None, ""
+def _fill(
+    path: str, site: Site, own_key: str, where: str, tensor: Tensor, found: Fit, layout: Layout, parsed: Parsed
+) -> None:
+    """Notes a tensor of a site under the name by which its layout knows it."""
+    slots = layout.slots(site, parsed)
+    slot = next((slot for slot in slots if slot.key == own_key), None)
+    if slots and slot is None:
+        raise CheckpointError(
+            "the adapter was made for a layer of another type",
+            where=where,
+            found=f"{own_key} for a layer of type {site.kind}",
+            expected=some(slot.key for slot in slots),
+            fix="load the base model that the adapter was trained on",
+        )
+    attribute = own_key if slot is None else slot.attribute
+    values = found.adapters.setdefault(path, {})
+    if attribute in values:
+        raise CheckpointError(
+            "two keys hold the same tensor of the same layer",
+            where=where,
+            found=f"{own_key}, beside another spelling of it",
+            expected=some(slot.key for slot in slots if slot.attribute == attribute),
+            fix="remove the one that is not meant",
+        )
+    values[attribute] = tensor
 
 
 def _site(path: str, where: str, modules: Modules) -> Site:
@@ -110,6 +135,17 @@ def _check_finite(where: str, tensor: Tensor) -> None:
             found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()}",
             expected="finite values",
             fix="the run that wrote it diverged, or the file is damaged: use an earlier checkpoint",
+        )
+
+
+def _check_floating(where: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            "wrong type",
+            where=where,
+            found=tensor.dtype,
+            expected="a floating-point tensor",
+            fix="save it again without quantising it",
         )
 
 
@@ -141,8 +177,9 @@ def _same_as_base(rest: str, tensor: Tensor, where: str, modules: Modules) -> bo
     )
 
 
-def _unexpected(rest: str, where: str, modules: Modules) -> CheckpointError:
-    possible = [f"{path}.{slot.key}" for path in modules.known() for slot in slots(_site(path, where, modules))]
+def _unexpected(rest: str, where: str, layout: Layout, parsed: Parsed, modules: Modules) -> CheckpointError:
+    known = [(path, _site(path, where, modules)) for path in modules.known()]
+    possible = [f"{path}.{slot.key}" for path, site in known for slot in layout.slots(site, parsed)]
     return CheckpointError(
         "unexpected key",
         where=where,
@@ -153,7 +190,7 @@ def _unexpected(rest: str, where: str, modules: Modules) -> CheckpointError:
     )
 
 
-def _check_complete(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) -> None:
+def _check_complete(found: Fit, stored: Stored, layout: Layout, parsed: Parsed, modules: Modules) -> None:
     known = modules.known()
     if isinstance(parsed.targets, str) and parsed.targets.lower() == ALL_LINEAR:
         parsed = replace(parsed, targets=all_linear(modules))
@@ -171,14 +208,23 @@ def _check_complete(found: Fit, stored: Stored, parsed: Parsed, modules: Modules
                 fix=f"mend target_modules in {stored.config_path.name}",
             )
         for path in sorted(wanted - {modules.aliases[path] for path in found.sites}):
-            raise _missing(join(path, slots(_site(path, "", modules))[0].key), stored)
+            slots = layout.slots(_site(path, "", modules), parsed)
+            raise _missing(join(path, slots[0].key if slots else ""), stored)
+    if not found.adapters:
+        raise CheckpointError(
+            "missing key: the file holds no tensor of an adapter",
+            where=stored.weights_path,
+            found=f"{len(stored.tensors)} tensors",
+            expected=f"keys that end with {some(layout.keys(parsed), 8)}",
+            fix="the file is incomplete: save or copy it again",
+        )
     for path, values in found.adapters.items():
         site = found.sites[path]
-        for slot in slots(site):
+        for slot in layout.slots(site, parsed):
             if slot.attribute not in values:
                 raise _missing(join(path, slot.key), stored)
-        _shape(path, site, values, stored, parsed)
-    _check_copies(found, stored, parsed, modules)
+        _shape(path, site, values, stored, layout, parsed)
+    _check_copies(found, stored, layout, parsed, modules)
 
 
 def _under(parsed: Parsed, modules: Modules) -> set[str]:
@@ -197,21 +243,18 @@ def _missing(key: str, stored: Stored) -> CheckpointError:
     )
 
 
-def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, parsed: Parsed) -> None:
+def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, layout: Layout, parsed: Parsed) -> None:
     """Brings the tensors of one site into the site's own shape, or says what is wrong with them."""
-    r = lookup(parsed.rank_pattern, path) or parsed.method.r
-    for slot in slots(site):
+    r = site_rank(parsed, path)
+    done: set[str] = set()
+    for slot in layout.slots(site, parsed):
+        if slot.attribute in done:  # another spelling of the same
+            continue
+        done.add(slot.attribute)
         tensor = values[slot.attribute]
         key = f"{stored.weights_path}: {join(path, slot.key)}"
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                "wrong type",
-                where=key,
-                found=tensor.dtype,
-                expected="a floating-point tensor",
-                fix="save it again without quantising it",
-            )
-        if slot.attribute == "A" and tensor.dim() > 0 and tensor.shape[0] != r:
+        _check_floating(key, tensor)
+        if slot.ranked and tensor.dim() > 0 and tensor.shape[0] != r:
             raise CheckpointError(
                 "the rank in the file is not the rank in its config",
                 where=key,
@@ -231,7 +274,7 @@ def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, par
             ) from None
 
 
-def _check_copies(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) -> None:
+def _check_copies(found: Fit, stored: Stored, layout: Layout, parsed: Parsed, modules: Modules) -> None:
     for name in parsed.modules_to_save:
         if _absent(name, found, parsed, modules):
             raise CheckpointError(
@@ -257,7 +300,8 @@ def _check_copies(found: Fit, stored: Stored, parsed: Parsed, modules: Modules) 
                 )
         for key in values:
             if key not in own:
-                raise _unexpected(f"{path}.{key}", f"{stored.weights_path}: {join(path, key)}", modules)
+                where = f"{stored.weights_path}: {join(path, key)}"
+                raise _unexpected(f"{path}.{key}", where, layout, parsed, modules)
 
 
 def _absent(name: str, found: Fit, parsed: Parsed, modules: Modules) -> bool:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorafit import merging, store
-from lorafit.adapted import bank_of, banks, check_removable, check_together, uninstall, walk
-from lorafit.errors import MergeError, StateError, TrainingError, nearest, some
-from lorafit.hooks import StepHooks, check_gradients
+from lorafit import activation, merging, store
+from lorafit.adapted import bank_of, banks, check_removable, uninstall, walk
+from lorafit.errors import MergeError, StateError, nearest, some
+from lorafit.hooks import StepHooks, check_gradients, check_held
 from lorafit.layers import Shape, Site
 from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method
@@ -45,7 +45,7 @@ class Handle:
         self._saved = dict(saved)
         self._folded: list[merging.Folded] | None = None
         self._bound: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self.schedule = method.schedule([self._adapter(site) for site in self._sites.values()])
+        self.schedule = method.schedule({path: self._adapter(site) for path, site in self._sites.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         # An optimizer's hooks belong to the process that registered them.
@@ -106,6 +106,10 @@ class Handle:
         assert isinstance(adapter, Adapter)
         return adapter
 
+    def entries(self) -> dict[str, nn.Module]:
+        """Module path → what stands there: the adapter of a site, or the full copy of a module."""
+        return dict(self._entries())
+
     def _entries(self) -> Iterator[tuple[str, nn.Module]]:
         for path, site in self._sites.items():
             yield path, self._adapter(site)
@@ -159,8 +163,7 @@ class Handle:
     @property
     def active(self) -> tuple[str, ...]:
         """The names of the model's adapters that act now, in the order of attaching."""
-        names = {name for bank in banks(self.model) for name in bank.active}
-        return tuple(name for name in self._ledger().names if name in names)
+        return activation.active_names(self.model, self._ledger().names)
 
     def activate(self, names: str | Sequence[str] | None) -> None:
         """Chooses which of the model's adapters act from now on; several add up; None leaves the base model.
@@ -169,29 +172,7 @@ class Handle:
             StateError: a name that is not attached, two adapters of which one would hide the other, or an adapter left
                 out that is merged into the weights and so acts anyway.
         """
-        chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-        known = self._ledger().names
-        for name in chosen:
-            if name not in known:
-                raise StateError(
-                    "no adapter of this name is attached",
-                    found=repr(name),
-                    expected=f"names among {some(known)}",
-                    near=nearest(str(name), known),
-                    fix="attach or load it first",
-                )
-        check_together(self.model, chosen)
-        for bank in banks(self.model):
-            for name in bank.merged:
-                if name not in chosen:
-                    raise StateError(
-                        f"adapter {name!r} is merged into the weights and acts until it is unmerged",
-                        found=f"activate({names!r})",
-                        expected=f"a choice with {name!r} in it",
-                        fix="unmerge it first; disabled() of its own handle takes it out for a while",
-                    )
-        for bank in banks(self.model):
-            bank.set(active=chosen)
+        activation.activate(self.model, self._ledger().names, names)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -235,15 +216,29 @@ class Handle:
             )
         return named
 
-    def optimizer(self, kind: type[AnyOptimizer], lr: float, **options: Any) -> AnyOptimizer:
-        """An optimizer of class `kind` over this adapter's parameter groups, with its step hooks installed."""
-        return self.bind(kind(self.param_groups(lr), **options))
+    def optimizer(
+        self, kind: type[AnyOptimizer], lr: float, *, total_steps: int | None = None, **options: Any
+    ) -> AnyOptimizer:
+        """An optimizer of class `kind` over this adapter's parameter groups, with its step hooks installed.
 
-    def bind(self, optimizer: AnyOptimizer, *, allow_unused: bool = False) -> AnyOptimizer:
+        Args:
+            kind: the class, such as ``torch.optim.AdamW``.
+            lr: the base learning rate.
+            total_steps: optimizer steps of the whole run, for methods whose schedule is a share of it (AdaLoRA).
+            options: further arguments of `kind`.
+        """
+        return self.bind(kind(self.param_groups(lr), **options), total_steps=total_steps)
+
+    def bind(
+        self, optimizer: AnyOptimizer, *, total_steps: int | None = None, allow_unused: bool = False
+    ) -> AnyOptimizer:
         """Installs what the method does around the step in an optimizer made elsewhere; twice is once.
+
+        The state of a schedule is then part of ``optimizer.state_dict()``.
 
         Args:
             optimizer: holds this adapter's parameters.
+            total_steps: as for `optimizer`.
             allow_unused: do not raise for sites without a gradient at the first step (experts that no token reached).
 
         Raises:
@@ -253,16 +248,10 @@ class Handle:
         """
         if optimizer in self._bound:
             return optimizer
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [key for key, parameter in self._trained() if id(parameter) not in held]
-        if missing:
-            raise TrainingError(
-                "the optimizer does not hold this adapter's parameters",
-                found=f"{len(missing)} missing: {some(missing, 3)}",
-                expected="all parameters of the adapter",
-                fix="make it after attach, from handle.param_groups(lr=...)",
-            )
-        StepHooks(lambda: self._check_first_step(allow_unused), self.schedule).install(optimizer)
+        check_held(optimizer, self._trained())
+        if self.schedule is not None:
+            self.schedule.begin(total_steps)
+        StepHooks(self.name, lambda: self._check_first_step(allow_unused), self.schedule).install(optimizer)
         self._bound.add(optimizer)
         return optimizer
 

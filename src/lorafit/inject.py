@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from lorafit.errors import ConfigError, StateError, some
 from lorafit.handle import Handle
 from lorafit.layers import Site
 from lorafit.ledger import LEDGER, Ledger
-from lorafit.method import Adapter, Method
+from lorafit.method import Adapter, Method, Sample, Spot
 from lorafit.plan import Modules, Planned, check_model, choose, plan, saved_paths
 from lorafit.targets import ALL_LINEAR, Targets
 
@@ -28,6 +30,7 @@ def attach(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     seed: int | None = None,
+    sample: Sample | None = None,
 ) -> Handle:
     """Adapts layers of `model` in place and freezes everything else; the new adapter alone is active.
 
@@ -42,13 +45,14 @@ def attach(
         alpha_pattern: path pattern → alpha.
         modules_to_save: suffixes of modules of which a full copy is trained, such as a new classifier head.
         seed: makes the initial values reproducible; None draws from torch's own generator.
+        sample: a part of the data, for methods that look at data first (``init="eva"``, ``init="lora_ga"``).
 
     Returns:
         The handle of the new adapter. Adapter tensors are at least float32 and sit on their layer's device.
 
     Raises:
         TargetError: a pattern matches nothing, or a layer cannot be adapted. The model is as it was.
-        ConfigError: a setting does not fit a layer. The model is as it was.
+        ConfigError: a setting does not fit a layer, or a sample is missing or of no use. The model is as it was.
         StateError: an adapter is merged, or sits on a part of the model only. The model is as it was.
     """
     check_model(model)
@@ -67,21 +71,72 @@ def attach(
         )
     planned = plan(model, method, paths, modules, name=name, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    adapters = [_new_adapter(site, generator) for site in planned]
+    spots = observed(model, method, planned, sample)
+    adapters = method.adapters(spots, generator=generator)
+    if not adapters:
+        raise ConfigError(
+            f"{method.name} leaves every layer as it is",
+            found=f"no adapter for any of {len(planned)} layers",
+            expected="at least one",
+            fix="see the method's settings that choose among layers",
+        )
+    methods = {spot.path: spot.method for spot in spots}
+    planned = [replace(site, method=methods[site.path]) for site in planned if site.path in adapters]
     return install_all(model, method, planned, adapters, {path: modules.by_path[path] for path in saved}, name)
+
+
+def observed(model: nn.Module, method: Method, planned: Sequence[Planned], sample: Sample | None) -> list[Spot]:
+    """The spots, with what the method has to learn from data first."""
+    spots = [site.spot for site in planned]
+    evidence = method.evidence()
+    if evidence is None:
+        if sample is not None:
+            raise ConfigError(
+                f"{method.name} with these settings does not look at data",
+                where="sample",
+                found="a sample",
+                expected="none",
+                fix='leave sample out, or set init="eva" or init="lora_ga"',
+            )
+        return spots
+    if sample is None:
+        raise ConfigError(
+            f"{method.name} with these settings has to look at a part of the data first",
+            where="sample",
+            found="None",
+            expected="a Sample",
+            fix="attach(..., sample=Sample(batches)) with a few batches of your data",
+        )
+    with _plain(model):
+        return evidence.gather(model, {site.path: site.site for site in planned}, spots, sample)
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Within it no adapter acts: what is learnt from data shall be of the base model."""
+    before = [(bank, bank.active) for bank in banks(model)]
+    try:
+        for bank, _ in before:
+            bank.set(active=())
+        yield
+    finally:
+        for bank, active in before:
+            bank.set(active=active)
 
 
 def install_all(
     model: nn.Module,
     method: Method,
     planned: Sequence[Planned],
-    adapters: Sequence[Adapter],
+    adapters: Mapping[str, Adapter],
     saved: Mapping[str, nn.Module],
     name: str,
     *,
     trainable: bool = True,
 ) -> Handle:
-    """Puts adapters that are ready into their sites; nothing in here can fail halfway."""
+    """Puts adapters that are ready, by path, into their sites; nothing in here can fail halfway."""
+    for site in planned:
+        place(site.site, adapters[site.path])
     copies = {path: plain_copy(module).requires_grad_(trainable) for path, module in saved.items()}
     prepare((site.site.module for site in planned), adapted)
     prepare(saved.values(), replaced)
@@ -91,7 +146,8 @@ def install_all(
         ledger = Ledger([key for key, parameter in named if parameter.requires_grad])
         model.requires_grad_(False)
         setattr(model, LEDGER, ledger)
-    for site, adapter in zip(planned, adapters, strict=True):
+    for site in planned:
+        adapter = adapters[site.path]
         adapter.requires_grad_(trainable)
         install(site.site.module, name, adapter, adapted)
     for path, module in saved.items():
@@ -100,10 +156,6 @@ def install_all(
     handle = Handle(model, name, method, planned, saved)
     handle.activate(name)
     return handle
-
-
-def _new_adapter(planned: Planned, generator: torch.Generator | None) -> Adapter:
-    return place(planned.site, planned.method.adapter(planned.site.shape, generator=generator))
 
 
 def place(site: Site, adapter: Adapter) -> Adapter:

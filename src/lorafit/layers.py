@@ -135,10 +135,11 @@ def apply(site: Site, x: Tensor, y: Tensor, acting: Sequence[Acting]) -> Tensor:
             result = result + z
             continue
         # (g − 1) y + g z instead of g (y + z): the difference from y must survive rounding. The bias has no gain.
-        gain = site.channel(update.gain.to(y.dtype))
+        # In the gain's own precision: in bf16 a gain of 1.003 is 1.
+        gain = site.channel(update.gain)
         bias = site.bias()
         linear = y if bias is None else y - site.channel(bias.to(y.dtype))
-        result = result + (gain - 1) * linear + gain * z
+        result = result + (gain - 1).to(y.dtype) * linear + gain.to(y.dtype) * z
     return result
 
 

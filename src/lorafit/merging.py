@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapted import bank_of, walk
+from lorafit.adapted import bank_of
 from lorafit.errors import MergeError, some
 from lorafit.layers import Site
 from lorafit.method import Adapter
+from lorafit.shared import shared_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def fold(
         MergeError: a shared weight, or values that are not finite in the weight's own precision.
     """
     rows = [*_site_rows(sites, name), *_copy_rows(copies, name)]
-    shared = _shared(model, rows)
+    shared = shared_memory(model, [(row.name, row.module, row.tensor) for row in rows])
     if shared and not untie:
         path = next(iter(shared))
         raise MergeError(
@@ -174,36 +174,3 @@ def _check_finite(path: str, value: Tensor) -> None:
             expected="finite values",
             fix="merge into float32 (model.float()), or look for a run that diverged",
         )
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor touches."""
-    reach = int(sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)))
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + (reach + 1) * tensor.element_size()
-
-
-def _shared(model: nn.Module, rows: Sequence[_Row]) -> dict[str, list[str]]:
-    """Weight name → names of the other modules' parameters and buffers that share its memory.
-
-    What counts is storage: a config that says "tied" may be wrong, and tying need not be by one parameter object.
-    """
-    holders: dict[int, list[tuple[str, nn.Module, Tensor]]] = defaultdict(list)
-    seen: set[tuple[int, str]] = set()
-    for path, module, _ in walk(model):
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or tensor.numel() == 0 or (id(module), key) in seen:
-                continue
-            seen.add((id(module), key))
-            holders[tensor.untyped_storage().data_ptr()].append((f"{path}.{key}", module, tensor))
-    shared: dict[str, list[str]] = {}
-    for row in rows:
-        start, end = _extent(row.tensor)
-        others = [
-            name
-            for name, holder, tensor in holders[row.tensor.untyped_storage().data_ptr()]
-            if holder is not row.module and _extent(tensor)[0] < end and start < _extent(tensor)[1]
-        ]
-        if others:
-            shared[row.name] = others
-    return shared

@@ -1,77 +1,45 @@
-"""Reading PEFT's adapter_config.json strictly: the mathematics it asks for, or an error that names file and key."""
+"""Reading PEFT's adapter_config.json strictly: typed values, or an error that names file and key."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorafit.errors import CheckpointError, ConfigError, nearest, some
-from lorafit.methods.lora import LoRA
-from lorafit.peft_layout import HEADS
+from lorafit.method import Method
 
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-"""Values of `init_lora_weights` that leave the base weight alone. The others put a residual into it when PEFT loads."""
+AnyMethod = TypeVar("AnyMethod", bound=Method)
 
-MUST_BE: Mapping[str, tuple[object, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none",),
-    "ensure_weight_tying": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None, []),
-    "lora_bias": (False,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
-"""Settings that change what PEFT computes and that this version reads only at the values that do not."""
-
-USED = frozenset(
+COMMON = frozenset(
     {
-        "alpha_pattern",
         "exclude_modules",
         "fan_in_fan_out",
-        "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
         "modules_to_save",
         "peft_type",
-        "r",
-        "rank_pattern",
         "target_modules",
-        "use_rslora",
     }
 )
+"""Settings of every type that say where an adapter is, or how."""
+
 NOT_MATHEMATICS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
         "inference_mode",
-        "loftq_config",
-        "lora_ga_config",
         "lorafit",
-        "megatron_core",
         "peft_version",
-        "qalora_group_size",
         "revision",
         "runtime_config",
         "task_type",
     }
 )
-"""Settings of PEFT that do not enter the function an adapter computes (how it was initialised, where its base is)."""
+"""Settings of every type that do not enter the function an adapter computes."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +49,8 @@ class Parsed:
     `heads` are the entries of `modules_to_save` that PEFT adds for the task type, whether the model has them or not.
     """
 
-    method: LoRA
+    method: Method
+    rank: int
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     targets: list[str] | str | None
@@ -91,58 +60,11 @@ class Parsed:
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     unknown: tuple[str, ...]
+    config: Mapping[str, Any]
+    where: Path
 
 
-def parse(config: Mapping[str, Any], where: Path) -> Parsed:
-    """Reads a config strictly.
-
-    Raises:
-        CheckpointError: an unknown type of adapter, a value out of range or of the wrong type, or a setting that
-            changes the mathematics in a way that this version does not compute; names file, key, found, expected, fix.
-    """
-    reader = _Reader(config, where)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise reader.error(
-            "peft_type",
-            "the adapter is of a type that this version does not read",
-            kind,
-            "'LORA'",
-            near=nearest(str(kind), ["LORA"]),
-        )
-    for key, allowed in MUST_BE.items():
-        if key in config and config[key] not in allowed:
-            raise reader.error(
-                key,
-                "this setting changes what the adapter computes, in a way that this version does not read",
-                config[key],
-                f"{allowed[0]!r}",
-                fix="merge the adapter with the library that wrote it, or export it as plain LoRA there",
-            )
-    init = config.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
-        raise reader.error(
-            "init_lora_weights",
-            "this initialisation keeps a part of the base weight in the adapter, so the file alone is not the change",
-            init,
-            f"one of {', '.join(map(repr, PLAIN_INITS))}",
-            fix="save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
-        )
-    return Parsed(
-        method=reader.method(),
-        rank_pattern=reader.pattern("rank_pattern", int),
-        alpha_pattern=reader.pattern("alpha_pattern", float),
-        targets=reader.expression("target_modules"),
-        exclude=reader.expression("exclude_modules") or [],
-        modules_to_save=reader.saved(),
-        heads=HEADS.get(str(config.get("task_type")), ()),
-        layers=reader.layers(),
-        layers_pattern=reader.layers_pattern(),
-        unknown=tuple(sorted(set(config) - USED - NOT_MATHEMATICS - set(MUST_BE))),
-    )
-
-
-class _Reader:
+class Reader:
     """Takes typed values out of a config, with errors that name file and key."""
 
     def __init__(self, config: Mapping[str, Any], where: Path) -> None:
@@ -168,23 +90,34 @@ class _Reader:
             fix=fix or f"mend {key!r} in the file",
         )
 
-    def method(self) -> LoRA:
-        get = self.config.get
-        r, alpha, dropout = get("r", 8), get("lora_alpha", 8), get("lora_dropout", 0.0)
-        rslora = get("use_rslora", False)
-        if alpha is None:
-            raise self.error("lora_alpha", "a value is missing", None, "a number greater than 0")
+    def check(self, allowed: Mapping[str, tuple[object, ...]]) -> None:
+        """Refuses settings that change what an adapter computes, at values other than those that do not."""
+        for key, values in allowed.items():
+            if key in self.config and self.config[key] not in values:
+                raise self.error(
+                    key,
+                    "this setting changes what the adapter computes, in a way that this version does not read",
+                    self.config[key],
+                    f"{values[0]!r}",
+                    fix="merge the adapter with the library that wrote it, or export it as plain LoRA there",
+                )
+
+    def made(self, make: Callable[[], AnyMethod], keys: Mapping[str, str]) -> AnyMethod:
+        """What `make` makes of values in this config; `keys` maps the fields of its errors to the config's keys."""
         try:
-            return LoRA(r=r, alpha=alpha, dropout=dropout, rslora=rslora)
+            return make()
         except ConfigError as error:
-            keys = {
-                "LoRA.r": "r",
-                "LoRA.alpha": "lora_alpha",
-                "LoRA.dropout": "lora_dropout",
-                "LoRA.rslora": "use_rslora",
-            }
-            key = keys[str(error.where)]
-            raise self.error(key, error.message, self.config.get(key), str(error.expected or "a boolean")) from None
+            field = str(error.where).rpartition(".")[2]
+            key = keys.get(field, field)
+            expected = str(error.expected or "true or false")
+            raise self.error(key, error.message, self.config.get(key), expected) from None
+
+    def present(self, key: str, default: object, expected: str = "a number greater than 0") -> Any:
+        """A value that may be absent, but not null."""
+        value = self.config.get(key, default)
+        if value is None:
+            raise self.error(key, "a value is missing", None, expected)
+        return value
 
     def pattern(self, key: str, kind: type[int] | type[float]) -> dict[str, Any]:
         value = self.config.get(key) or {}

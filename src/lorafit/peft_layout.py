@@ -1,62 +1,25 @@
-"""PEFT's adapter layout as a table: which tensor of which method stands under which key, and what its config says.
+"""What every file of an adapter has in common with PEFT's: prefix, names of modules, modules saved in full, task.
 
-Facts were read from files that peft 0.21.2 wrote and from its documentation. Key names never shape a module: only this
-file and `fitting` know them.
+Facts were read from files that peft 0.21.2 wrote and from its documentation. Which tensor of which method stands under
+which key is for `layouts` to know.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorafit.errors import CheckpointError, LorafitWarning, some
-from lorafit.layers import Conv1DSite, EmbeddingSite, Site
+from lorafit.layers import Conv1DSite, Site
 from lorafit.method import Adapter, Method
-from lorafit.methods.lora import LoRA
 from lorafit.targets import lookup, suffixes_for
 
 PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of an adapter and its place in a file."""
-
-    attribute: str
-    key: str
-    to_file: Callable[[Site, Tensor], Tensor]
-    from_file: Callable[[Site, Tensor, int], Tensor]
-
-
-def _down(key: str) -> Slot:
-    return Slot("A", key, lambda site, a: site.down_to_file(a), lambda site, a, r: site.down_from_file(a, r))
-
-
-def _up(key: str) -> Slot:
-    return Slot("B", key, lambda site, b: site.up_to_file(b), lambda site, b, r: site.up_from_file(b, r))
-
-
-MATRIX_SLOTS = (_down("lora_A.weight"), _up("lora_B.weight"))
-EMBEDDING_SLOTS = (_down("lora_embedding_A"), _up("lora_embedding_B"))
-SLOT_KEYS = tuple(slot.key for slot in (*MATRIX_SLOTS, *EMBEDDING_SLOTS))
-FOREIGN_KEYS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_magnitude_vector.weight": "DoRA",
-    "lora_A": "AdaLoRA",
-    "lora_B": "AdaLoRA",
-    "lora_E": "AdaLoRA",
-    "ranknum": "AdaLoRA",
-    "vera_lambda_b": "VeRA",
-    "vera_lambda_d": "VeRA",
-    "lora_B.bias": "LoRA with trained biases",
-}
-"""Keys of methods that this version does not read: known, so that an error can say what they are."""
-
 
 HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -69,11 +32,6 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 def saved_as(name: str, path: str) -> bool:
     """Whether an entry of modules_to_save names the module at `path` for PEFT: it compares ends, not components."""
     return path.endswith(name)
-
-
-def slots(site: Site) -> tuple[Slot, ...]:
-    """The places of a LoRA's tensors at this site."""
-    return EMBEDDING_SLOTS if isinstance(site, EmbeddingSite) else MATRIX_SLOTS
 
 
 @dataclass(frozen=True)
@@ -102,22 +60,20 @@ def join(path: str, key: str) -> str:
     return f"{PREFIX}{path}.{key}" if path else f"{PREFIX}{key}"
 
 
-def tensors_of(description: Description) -> dict[str, Tensor]:
-    """Every tensor under its key, on the CPU, contiguous.
+def copies_of(description: Description) -> dict[str, Tensor]:
+    """The tensors of modules saved in full, under their keys."""
+    return {
+        join(path, key): value for path, copy in description.copies.items() for key, value in copy.state_dict().items()
+    }
+
+
+def for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file takes them: on the CPU, contiguous, each with memory of its own.
 
     Raises:
         CheckpointError: a tensor of a subclass that stands for data elsewhere.
     """
-    found: dict[str, Tensor] = {}
-    for path, placed in description.sites.items():
-        for slot in slots(placed.site):
-            key = join(path, slot.key)
-            value = _plain(key, placed.adapter.get_parameter(slot.attribute))
-            found[key] = slot.to_file(placed.site, value)
-    for path, copy in description.copies.items():
-        for key, value in copy.state_dict().items():
-            found[join(path, key)] = _plain(join(path, key), value)
-    return {key: value.to("cpu").contiguous().clone() for key, value in found.items()}
+    return {key: _plain(key, value).to("cpu").contiguous().clone() for key, value in tensors.items()}
 
 
 def _plain(key: str, value: Tensor) -> Tensor:
@@ -134,51 +90,22 @@ def _plain(key: str, value: Tensor) -> Tensor:
     return value
 
 
-def config_of(description: Description) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it.
-
-    Raises:
-        CheckpointError: the method has no place in this layout.
-    """
-    method = description.method
-    if not isinstance(method, LoRA):
-        raise CheckpointError(
-            "this method has no place in PEFT's layout yet", found=type(method).__name__, expected="LoRA"
-        )
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for path, placed in description.sites.items():
-        own = placed.method
-        assert isinstance(own, LoRA)
-        if own.r != method.r:
-            ranks[path] = own.r
-        if own.resolved_alpha != method.resolved_alpha:
-            alphas[path] = _whole(own.resolved_alpha)
-    kinds = [placed.site for placed in description.sites.values()]
-    copies = list(description.copies)
-    warn_shared([*description.sites, *copies], description.modules)
+def common_config(description: Description) -> dict[str, Any]:
+    """The part of adapter_config.json that is the same for every type of adapter."""
+    sites, copies = list(description.sites), list(description.copies)
+    warn_shared([*sites, *copies], description.modules)
     return {
-        "alpha_pattern": _exact(alphas, list(description.sites)),
         "auto_mapping": None,
         "base_model_name_or_path": description.base_model,
         "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": any(isinstance(site, Conv1DSite) for site in kinds),
+        "fan_in_fan_out": any(isinstance(placed.site, Conv1DSite) for placed in description.sites.values()),
         "inference_mode": True,
-        "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": _whole(method.resolved_alpha),
-        "lora_dropout": method.dropout,
         "modules_to_save": _saved_names(copies, list(description.modules)) if copies else None,
-        "peft_type": "LORA",
-        "r": method.r,
-        "rank_pattern": _exact(ranks, list(description.sites)),
         "revision": None,
-        "target_modules": suffixes_for(list(description.sites), list(description.modules)),
+        "target_modules": suffixes_for(sites, list(description.modules)),
         "task_type": _task_type(description),
-        "use_dora": False,
-        "use_rslora": method.rslora,
     }
 
 
@@ -228,13 +155,19 @@ def _task_type(description: Description) -> str | None:
     return None
 
 
-def _whole(value: float) -> float:
+def whole(value: float) -> float:
+    """A number as an int where it is one."""
     return int(value) if float(value).is_integer() else value
 
 
-def _exact(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+def exact_pattern(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
     """Patterns that give each path its own value and no other; anchored where a plain path would hit another's end."""
     values = dict(sorted(values.items()))  # the order in which a file has them, and the first hit counts
     if all(lookup(values, path) == values.get(path) for path in paths):
         return dict(values)
-    return {f"^{re.escape(path)}": value for path, value in values.items()}
+    return {anchored(path): value for path, value in values.items()}
+
+
+def anchored(path: str) -> str:
+    """A pattern for one path and no other."""
+    return f"^{re.escape(path)}"

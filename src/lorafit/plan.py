@@ -7,13 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorafit.adapted import BANK, bank_of, banks, plain_class, walk
 from lorafit.errors import ConfigError, StateError, TargetError, nearest, some
 from lorafit.layers import Site, bypass, own_forward, site_class
-from lorafit.method import Adapter, Method
+from lorafit.method import Adapter, Method, Spot
+from lorafit.shared import shared_memory
 from lorafit.targets import ALL_LINEAR, Targets, check_keys, lookup, match
 
 
@@ -57,6 +59,21 @@ class Planned:
     path: str
     site: Site
     method: Method
+    shared: tuple[str, ...] = ()
+
+    @property
+    def spot(self) -> Spot:
+        """The place as a method sees it."""
+        weight = self.site.raw_weight
+        return Spot(
+            path=self.path,
+            shape=self.site.shape,
+            weight=self.site.weight,
+            method=self.method,
+            device=weight.device,
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+            shared=self.shared,
+        )
 
 
 _WRAPPERS = (
@@ -259,6 +276,7 @@ def plan(
     check_keys(rank_pattern or {}, paths, "rank_pattern")
     check_keys(alpha_pattern or {}, paths, "alpha_pattern")
     planned = []
+    shared = shared_weights(model, paths, modules)
     for path in paths:
         module = modules.by_path[path]
         bank = bank_of(module)
@@ -274,18 +292,29 @@ def plan(
         assert kind is not None
         r, alpha = lookup(rank_pattern or {}, path), lookup(alpha_pattern or {}, path)
         own = method if r is None and alpha is None else method.at(r=r, alpha=alpha)
-        site = kind(module)
-        reason = own.impossible(site.shape) or own.wasteful(site.shape)
+        new = Planned(path, kind(module), own, shared.get(path, ()))
+        reason = own.impossible(new.spot) or own.wasteful(new.spot)
         if reason is not None:
             raise ConfigError(
                 f"{own.name} cannot be put on this layer",
                 where=path,
                 found=reason,
-                expected=f"a rank that suits {kind.kind} {tuple(site.raw_weight.shape)}",
-                fix=f"rank_pattern={{{path!r}: ...}}, a smaller r, or exclude=[{path!r}]",
+                expected=f"settings that suit {kind.kind} {tuple(new.site.raw_weight.shape)}",
+                fix=f"a smaller r (rank_pattern={{{path!r}: ...}}), another method, or exclude=[{path!r}]",
             )
-        planned.append(Planned(path, site, own))
+        planned.append(new)
     return planned
+
+
+def shared_weights(model: nn.Module, paths: Sequence[str], modules: Modules) -> dict[str, tuple[str, ...]]:
+    """Path → names of other parameters that are the same memory as the layer's weight, for those that have any."""
+    rows = []
+    for path in paths:
+        module = modules.by_path[path]
+        kind = site_class(plain_class(module))
+        assert kind is not None
+        rows.append((path, module, kind(module).raw_weight))
+    return {path: tuple(names) for path, names in shared_memory(model, rows).items()}
 
 
 def saved_paths(modules: Modules, modules_to_save: Sequence[str]) -> list[str]:

@@ -22,8 +22,8 @@ from torch import Tensor, uint8
 from lorafit import files
 from lorafit.card import model_card
 from lorafit.errors import CheckpointError, some
-from lorafit.peft_config import USED
-from lorafit.peft_layout import Description, config_of, tensors_of
+from lorafit.layouts import config_of, mathematics, tensors_of
+from lorafit.peft_layout import Description
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -55,15 +55,19 @@ def write(folder: Path, description: Description) -> None:
     Raises:
         CheckpointError: the folder cannot be written; what was there is untouched.
     """
-    config = json.dumps(config_of(description), indent=2, sort_keys=True)
-    tensors = tensors_of(description)
+    write_parts(folder, config_of(description), tensors_of(description), model_card(description))
+
+
+def write_parts(folder: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], card: str) -> None:
+    """Writes an adapter's folder from its parts, as `write` does; `tensors` are plain ones on the CPU."""
+    config = json.dumps(settings, indent=2, sort_keys=True)
     metadata = {"format": "pt", CONFIG_COPY: config, CHECKSUM: _checksum(tensors)}
     contents: list[tuple[Path, Callable[[Path], object]]] = [
         (folder / WEIGHTS, lambda path: _write_tensors(path, tensors, metadata)),
         (folder / CONFIG, lambda path: path.write_bytes(config.encode())),
     ]
     if not (folder / CARD).exists():
-        contents.append((folder / CARD, lambda path: path.write_bytes(model_card(description).encode())))
+        contents.append((folder / CARD, lambda path: path.write_bytes(card.encode())))
     staged: list[Path] = []
     try:
         for path, fill in contents:
@@ -156,7 +160,7 @@ def _differences(config: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[s
     """The settings by which a config asks for other mathematics than the one that was saved with the weights."""
     return tuple(
         f"{key} (saved as {saved.get(key)!r}, now {config.get(key)!r})"
-        for key in sorted(USED)
+        for key in sorted(mathematics(saved))
         if config.get(key) != saved.get(key)
     )
 

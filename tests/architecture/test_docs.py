@@ -15,10 +15,13 @@ import torch
 from transformers import TrainingArguments
 
 import lorafit as lf
-from lorafit import errors, peft_layout
+from lorafit import errors, layouts, peft_layout
 from lorafit.cli import exits
 from lorafit.cli.app import command
 from lorafit.cli.demo import FOLDER, SETTINGS
+from lorafit.cli.methods import default_shapes
+from lorafit.methods.initialisers import INITIALISERS
+from lorafit.methods.table import markdown
 from lorafit.report import records
 from lorafit.training import data, folder
 from lorafit.training.aliases import ALIASES
@@ -34,6 +37,7 @@ PAGES = [
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL = (ROOT / "docs" / "all-of-it.md").read_text(encoding="utf-8")
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def prose(text: str) -> str:
@@ -72,7 +76,8 @@ def options() -> Iterator[str]:
 
 
 def test_every_public_name_is_explained() -> None:
-    assert set(lf.__all__) <= quoted(prose(ALL)) | set(re.findall(r"\blf\.(\w+)", ALL))
+    pages = ALL + METHODS
+    assert set(lf.__all__) <= quoted(prose(pages)) | set(re.findall(r"\blf\.(\w+)", pages))
 
 
 def test_every_member_of_the_handle_is_in_the_table() -> None:
@@ -89,10 +94,30 @@ def _names(cell: str) -> list[str]:
 
 @pytest.mark.parametrize("method", lf.METHODS.values(), ids=lambda method: method.name)
 def test_the_fields_of_a_method_and_their_defaults(method: type[Any]) -> None:
-    table = rows(ALL, f"field of `{method.__name__}`", "default")
-    assert {name: cells[0] for name, cells in table.items()} == {
-        f"`{field.name}`": shown(field.default) for field in dataclasses.fields(method)
-    }
+    table = rows(METHODS, f"field of `{method.__name__}`", "default")
+    fields = {f"`{field.name}`": shown(_default(field)) for field in dataclasses.fields(method)}
+    if method in (lf.LoRAPlus, lf.LoRAFA):  # the page says that these have LoRA's, and shows the others
+        own = {f"`{field.name}`": shown(field.default) for field in dataclasses.fields(lf.LoRA)}
+        assert own.items() <= fields.items()
+        fields = {name: default for name, default in fields.items() if name not in own}
+    assert {name: cells[0] for name, cells in table.items()} == fields
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is lf.LoRA
+    return "LoRA()"
+
+
+@pytest.mark.parametrize("page", [README, METHODS], ids=["README", "methods"])
+def test_the_table_of_methods_is_what_the_command_prints(page: str) -> None:
+    table = markdown(default_shapes())
+    assert f"<!-- methods -->\n\n{table}\n\n<!-- end of methods -->" in page, "run: python scripts/tables.py"
+
+
+def test_every_initialiser_is_explained() -> None:
+    assert list(rows(METHODS, "name", "A and B")) == [f"`{name}`" for name in INITIALISERS]
 
 
 def test_errors_and_what_else_they_are() -> None:
@@ -105,8 +130,12 @@ def test_errors_and_what_else_they_are() -> None:
 
 
 def test_the_layout_names_every_key() -> None:
-    slots = (*peft_layout.MATRIX_SLOTS, *peft_layout.EMBEDDING_SLOTS)
-    assert {f"P.{slot.key}" for slot in slots} <= quoted(ALL)
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(layouts.__file__).parent.glob("*.py")))
+    keys = set(
+        re.findall(r'"((?:lora|vera)_(?:[ABE](?:\.weight)?|embedding_[AB]|lambda_[bd]|magnitude_vector))"', source)
+    )
+    assert len(keys) > 8
+    assert {f"P.{key}" for key in keys - {"vera_A", "vera_B"}} <= quoted(ALL)
     assert f"`{peft_layout.PREFIX}`" in ALL
 
 
@@ -148,7 +177,10 @@ def test_forms_and_formats() -> None:
 
 def test_events_and_their_keys() -> None:
     table = rows(ALL, "event", "further keys")
-    kinds = (records.Step, records.Evaluation, records.Sample, records.Saved, records.End)
+    kinds = (
+        *(records.Step, records.Evaluation, records.Sample, records.Saved),
+        *(records.Drop, records.Schedule, records.Anatomy, records.End),
+    )
     assert set(table) == {"`run`", "`config`", "`environment`", "`data`", *(f"`{kind.event}`" for kind in kinds)}
     for kind in kinds:
         keys = {field.name for field in dataclasses.fields(kind)} - {"diverged"}

@@ -19,21 +19,38 @@ from lorafit.method import Method
 SOURCE = Path(lf.__file__).parent
 TIERS = (
     ("errors",),
-    ("files", "delta"),
-    ("kernels", "targets"),
+    ("files", "delta", "memo", "fastfood", "compress"),
+    ("kernels", "targets", "rownorm"),
     ("layers",),
     ("method",),
+    ("anatomy",),
+    ("methods.validate", "methods.directions", "methods.fewest", "methods.subspace"),
+    ("methods.evidence",),
     ("methods.initialisers",),
     ("methods.lora",),
+    ("methods.adalora_budget", "methods.adalora_triplets"),
+    ("methods.adalora_schedule",),
+    ("methods.adalora", "methods.lora_fa", "methods.vera", "methods.delta_lora", "methods.intrinsic"),
+    ("methods.dora",),
+    ("methods.lora_drop",),
+    ("methods.lora_plus",),
     ("methods",),
+    ("methods.table",),
     ("adapted",),
-    ("plan", "merging", "hooks", "ledger", "peft_layout"),
-    ("peft_config", "card"),
+    ("shared", "ledger", "hooks", "activation"),
+    ("plan", "merging", "peft_layout"),
+    ("peft_config",),
+    ("layouts.base",),
+    ("layouts.lora", "layouts.vera", "layouts.own"),
+    ("layouts.adalora", "layouts.ours"),
+    ("layouts",),
+    ("card",),
     ("store",),
     ("handle",),
-    ("inject",),
-    ("fitting",),
-    ("checkpoint",),
+    ("inject", "importance"),
+    ("fitting", "state"),
+    ("checkpoint", "combining"),
+    ("conversion",),
     ("report",),
     ("training",),
     ("cli",),
@@ -70,8 +87,11 @@ def imports(name: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: a relative import"
-            own = node.module == "lorafit"
-            yield from (f"lorafit.{alias.name}" if own else node.module or "" for alias in node.names)
+            module = node.module or ""
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                known = module == "lorafit" or inner.removeprefix("lorafit.") in FILES
+                yield inner if known and module.startswith("lorafit") else module
 
 
 def found(kind: type[ast.AST], names: list[str]) -> Iterator[tuple[str, ast.AST]]:

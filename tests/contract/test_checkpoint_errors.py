@@ -162,7 +162,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
     ),
     "dora": (
         lambda t: t.update({P + "q_proj.lora_magnitude_vector": torch.ones(6)}),
-        ["tensor of DoRA", "q_proj.lora_magnitude_vector", "merge it, or export"],
+        ["tensor of DoRA", "q_proj.lora_magnitude_vector", "copy config and weights again"],
     ),
     "dora-new-spelling": (
         lambda t: t.update({P + "q_proj.lora_magnitude_vector.weight": torch.ones(6)}),
@@ -238,7 +238,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "layers-pattern-regex": ({"layers_pattern": ["("]}, ["layers_pattern", "not a regular expression"]),
     "saved-text": ({"modules_to_save": "head"}, ["modules_to_save", "'head'", "a list of names"]),
     "saved-absent": ({"modules_to_save": ["head"]}, ["saved in full is missing", "modules_to_save", "'head'"]),
-    "dora-flag": ({"use_dora": True}, ["use_dora", "changes what the adapter computes", "export it as plain LoRA"]),
+    "dora-flag": ({"use_dora": True}, ["missing key", "lora_magnitude_vector"]),
     "bias": ({"bias": "all"}, ["bias", "'all'", "'none'"]),
     "lora-bias": ({"lora_bias": True}, ["lora_bias", "True"]),
     "replicated": ({"layer_replication": [[0, 4]]}, ["layer_replication"]),
@@ -273,7 +273,7 @@ def test_configs_that_cannot_be_read(content, parts, folder):
 
 
 def test_unknown_settings_are_reported_and_harmless(folder):
-    change_config(folder, shiny_new_thing=3, another={"a": 1}, peft_version="9.9", lorafit={"x": 1})
+    change_config(folder, shiny_new_thing=3, another={"a": 1}, peft_version="9.9")
     with pytest.warns(LorafitWarning, match="settings that are not known here") as caught:
         lf.load(network(), folder)
     text = str(caught[0].message)

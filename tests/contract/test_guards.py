@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import lorafit as lf
-from lorafit.checkpoint import reload
+from lorafit.state import load_state, save_state
 
 
 class Doubled(nn.Linear):
@@ -330,6 +330,7 @@ def test_a_module_replaced_after_attach_is_noticed(replace, saved, tmp_path):
     model = network()
     handle = lf.attach(model, lf.LoRA(r=1), ["0"] if saved else ["0", "2"], modules_to_save=["2"] if saved else ())
     handle.save(tmp_path)
+    save_state(handle, tmp_path)
     optimizer = handle.optimizer(torch.optim.SGD, lr=0.1)
     REPLACEMENTS[replace](model)
     model[:2](torch.randn(2, 6)).sum().backward()
@@ -337,7 +338,7 @@ def test_a_module_replaced_after_attach_is_noticed(replace, saved, tmp_path):
         "save": lambda: handle.save(tmp_path),
         "merge": handle.merge,
         "train": lambda: handle.param_groups(lr=0.1),
-        "reload": lambda: reload(handle, tmp_path),
+        "reload": lambda: load_state(handle, tmp_path),
     }
     for doing, call in calls.items():
         with pytest.raises(lf.StateError, match=rf"a layer was replaced.*cannot {doing}") as caught:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorafit as lf
-from lorafit.checkpoint import reload
+from lorafit.state import load_state, save_state
 
 
 def network() -> nn.Sequential:
@@ -229,13 +229,13 @@ def test_attach_while_another_is_merged_is_refused(pair, tmp_path):
 
 def test_merged_adapters_refuse_training_and_reloading(pair, tmp_path):
     _, _, b = pair
-    b.save(tmp_path)
+    save_state(b, tmp_path)
     b.merge()
     with pytest.raises(lf.StateError, match="is merged") as caught:
         b.optimizer(torch.optim.SGD, lr=0.1)
     assert caught.value.fix == "unmerge it first"
     with pytest.raises(lf.StateError, match="is merged"):
-        reload(b, tmp_path)
+        load_state(b, tmp_path)
 
 
 def test_unmerge_without_merge_is_an_error(pair):

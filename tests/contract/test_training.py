@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafit as lf
-from lorafit.checkpoint import reload
 from lorafit.errors import CheckpointError
+from lorafit.state import load_state, save_state
 
 
 class Experts(nn.Module):
@@ -202,7 +202,7 @@ def test_the_base_can_be_trained_along(x):
     assert not torch.equal(model[0].bias, bias)
 
 
-def test_reload_continues_exactly(x, tmp_path):
+def test_a_saved_state_continues_exactly(x, tmp_path):
     """Values and the optimizer's state restored: a run in two parts is the run in one."""
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -216,12 +216,12 @@ def test_reload_continues_exactly(x, tmp_path):
     one = lf.attach(whole, lf.LoRA(r=2), modules_to_save=["2"], seed=1)
     optimizer = one.optimizer(torch.optim.AdamW, lr=0.05)
     steps(whole, optimizer, 4)
-    one.save(tmp_path)
+    save_state(one, tmp_path)
     state = copy.deepcopy(optimizer.state_dict())
     steps(whole, optimizer, 4)
     two = lf.attach(other, lf.LoRA(r=2), modules_to_save=["2"], seed=2)
     again = two.optimizer(torch.optim.AdamW, lr=0.05)
-    reload(two, tmp_path)
+    load_state(two, tmp_path)
     again.load_state_dict(state)
     steps(other, again, 4)
     for mine, expected in zip(two.parameters(), one.parameters(), strict=True):
@@ -233,19 +233,20 @@ def test_reload_continues_exactly(x, tmp_path):
     [
         ({"targets": ["0"]}, ["sits in other layers", "different: 2", "expected: 1 sites"]),
         ({"targets": ["0"], "modules_to_save": ["2"]}, ["sits in other layers", "2"]),
-        ({"method": lf.LoRA(r=3)}, ["other settings", "r=2", "r=3", "adapter_config.json: 0"]),
-        ({"method": lf.LoRA(r=2, alpha=9)}, ["other settings", "alpha=4", "alpha=9"]),
-        ({"method": lf.LoRA(r=2, rslora=True)}, ["other settings", "rslora=True"]),
+        ({"method": lf.LoRA(r=3)}, ["other settings", "lorafit_state.safetensors: 0", "2, 2.0", "3, 2.0"]),
+        ({"method": lf.LoRA(r=2, alpha=9)}, ["other settings", "2.0", "4.5"]),
+        ({"method": lf.LoRA(r=2, rslora=True)}, ["other settings", "2.0", "2.828"]),
+        ({"method": lf.DoRA(lf.LoRA(r=2))}, ["other settings", "dora"]),
     ],
-    ids=["sites", "saved", "rank", "alpha", "rslora"],
+    ids=["sites", "saved", "rank", "alpha", "rslora", "method"],
 )
-def test_reload_refuses_another_adapter_and_changes_nothing(options, parts, tmp_path):
-    lf.attach(network(), lf.LoRA(r=2)).save(tmp_path)
+def test_a_state_of_another_adapter_is_refused_and_changes_nothing(options, parts, tmp_path):
+    save_state(lf.attach(network(), lf.LoRA(r=2)), tmp_path)
     options = dict(options)
     handle = lf.attach(network(), options.pop("method", lf.LoRA(r=2)), **options)
     before = [parameter.clone() for parameter in handle.parameters()]
     with pytest.raises(CheckpointError) as caught:
-        reload(handle, tmp_path)
+        load_state(handle, tmp_path)
     for part in parts:
         assert part in str(caught.value)
     assert caught.value.fix

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
     BOFTConfig,
     FourierFTConfig,
     HRAConfig,
@@ -25,7 +24,6 @@ from peft import (
     RandLoraConfig,
     TrainableTokensConfig,
     VBLoRAConfig,
-    VeraConfig,
     get_peft_model,
 )
 from torch import Tensor, nn
@@ -66,7 +64,6 @@ def refused(model: nn.Module, folder, key: str, found: str | None = None) -> lf.
 
 
 WRITTEN = {
-    "use_dora": {"use_dora": True},
     "bias": {"bias": "all"},
     "bias of LoRA layers": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True, "target_modules": ["attention.self.query"]},
@@ -126,8 +123,6 @@ def test_a_value_that_is_not_read(oracle, tiny, edit, key, value) -> None:
 
 OTHER_TYPES: dict[str, Callable[[], Any]] = {
     "IA3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
-    "ADALORA": lambda: AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=2, total_step=10),
-    "VERA": lambda: VeraConfig(target_modules=["q_proj"], r=4),
     "LOHA": lambda: LoHaConfig(target_modules=TARGETS, r=2),
     "LOKR": lambda: LoKrConfig(target_modules=TARGETS, r=2),
     "OFT": lambda: OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4),

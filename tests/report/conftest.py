@@ -258,6 +258,36 @@ def hostile() -> Story:
     return told.finish("failed", 5, message=ATTACK, adapter=ATTACK)
 
 
+KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+         "mlp.down_proj")  # fmt: skip
+PATHS = [f"model.layers.{layer}.{kind}" for layer in range(30) for kind in KINDS]
+
+
+@pytest.fixture
+def pruned() -> Story:
+    """A run of AdaLoRA."""
+    noise = random.Random(11)
+    told = Story().begin(method="AdaLoRA")
+    for step in range(0, 241, 40):
+        told.train(range(max(step - 39, 0), step + 1), 240, noise=noise)
+        ranks = {path: 0 if step == 0 else max(0, round(noise.gauss(6 - step / 120, 2))) for path in PATHS}
+        told.tell("schedule", step=step, budget=1260 - 7 * step // 4, interval=10, ranks=ranks)
+    return told.finish()
+
+
+@pytest.fixture
+def parted() -> Story:
+    """A run of DoRA."""
+    noise = random.Random(13)
+    told = Story().begin(method="DoRA")
+    for step in range(0, 241, 40):
+        told.train(range(max(step - 39, 0), step + 1), 240, noise=noise)
+        lengths = {path: 1e-8 + step * 3e-4 * abs(noise.gauss(1, 0.3)) for path in PATHS}
+        angles = {path: step * 2e-5 * abs(noise.gauss(1, 0.4)) for path in PATHS}
+        told.tell("anatomy", step=step, magnitude=lengths, direction=angles)
+    return told.finish()
+
+
 @pytest.fixture
 def bare() -> Story:
     """A run that was killed before it trained."""

@@ -619,4 +619,13 @@ def luminance(colour: str) -> float:
 def test_text_has_contrast(palette: Palette, name: str, surface: str) -> None:
     high, low = sorted((luminance(vars(palette)[name]), luminance(vars(palette)[surface])), reverse=True)
     assert (high + 0.05) / (low + 0.05) >= 4.5
-    assert len(set(vars(palette).values())) == len(vars(palette)), "each colour has one counterpart"
+    assert len(set(palette.named().values())) == len(palette.named()), "each colour has one counterpart"
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_numbers_on_shades_and_dots_have_contrast(palette: Palette) -> None:
+    ink, full, paper = (luminance(colour) + 0.05 for colour in (palette.ink, palette.full, palette.paper))
+    assert max(ink, full) / min(ink, full) >= 4.5, "and lighter shades lie between this and the paper"
+    for hue in palette.hues:
+        dot = luminance(hue) + 0.05
+        assert max(dot, paper) / min(dot, paper) >= 3, hue

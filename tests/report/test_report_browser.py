@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorafit.report import write_report
-from lorafit.report.palette import DARK, LIGHT
+from lorafit.report.palette import DARK, LIGHT, Palette
 
 selenium = pytest.importorskip("selenium", reason="the browser tests need selenium")
 
@@ -100,6 +100,13 @@ return [...document.querySelectorAll("[data-figure]")].map((frame) => ({
   room: frame.getBoundingClientRect().width,
 }))
 """
+KINDS = """
+const frame = document.querySelector("[data-figure=anatomy]");
+return [
+  [...frame.querySelectorAll(".scatterlayer .trace")].map((t) => getComputedStyle(t.querySelector("path.point")).fill),
+  [...frame.parentElement.querySelectorAll(".legend li")].map((item) => getComputedStyle(item, "::before").color),
+]
+"""
 OVERFLOW = "const page = document.documentElement; return page.scrollWidth - page.clientWidth"
 COLOURS = """
 const stroke = (key) => getComputedStyle([...document.querySelectorAll(
@@ -118,6 +125,8 @@ def rgb(colour: str) -> str:
         ("whole", ["loss", "learning-rate", "gradient", "throughput", "memory"]),
         ("resumed", ["loss", "accuracy", "learning-rate", "gradient", "throughput", "memory"]),
         ("hostile", ["loss", "learning-rate", "gradient", "throughput", "memory"]),
+        ("pruned", ["loss", "learning-rate", "gradient", "throughput", "memory", "ranks"]),
+        ("parted", ["loss", "learning-rate", "gradient", "throughput", "memory", "anatomy"]),
         ("bare", []),
     ],
 )
@@ -141,6 +150,48 @@ def test_the_page_opens_from_disk(
     assert report.as_uri() in requests
     assert [address for address in requests if not address.startswith(("file:", "data:", "blob:"))] == []
     assert {address for address in requests if address.startswith("file:")} == {report.as_uri()}
+    assert opened.complaints() == []
+
+
+CELLS = """
+const seen = (cell) => {
+  const shade = getComputedStyle(cell, "::before");
+  const { width, height } = cell.getBoundingClientRect();
+  return { rank: Number(cell.textContent), shade: Number(shade.opacity), colour: shade.backgroundColor, width, height };
+};
+return [...document.querySelectorAll(".ranks .rank")].map(seen)
+"""
+LABEL = """
+const frame = document.querySelector(".ranks").parentElement;
+frame.scrollLeft = 150;
+return {
+  scrolled: frame.scrollLeft,
+  label: document.querySelector(".ranks tbody th").getBoundingClientRect().left - frame.getBoundingClientRect().left,
+}
+"""
+
+
+@pytest.mark.parametrize(("scheme", "palette"), [("light", LIGHT), ("dark", DARK)])
+def test_the_shades_of_the_ranks(browser: Chrome, pruned: Any, path: Path, scheme: str, palette: Palette) -> None:
+    opened = Opened(browser, write_report(pruned.write(path), path.with_name("report.html")), scheme=scheme, width=420)
+    cells = opened.run(CELLS)
+    assert len(cells) == 210
+    most = max(cell["rank"] for cell in cells)
+    for cell in cells:
+        assert cell["shade"] == pytest.approx(cell["rank"] / most, abs=2e-3)
+        assert cell["colour"] == rgb(palette.full)
+        assert cell["width"] >= 24 and cell["height"] >= 24, "room for two digits"
+    assert opened.run(LABEL) == {"scrolled": 150, "label": 0}, "the kinds stay where they are"
+    assert opened.run(OVERFLOW) == 0
+
+
+def test_the_colours_of_the_kinds(browser: Chrome, parted: Any, path: Path) -> None:
+    report = write_report(parted.write(path), path.with_name("report.html"))
+    for scheme, palette in (("light", LIGHT), ("dark", DARK)):
+        opened = Opened(browser, report, scheme=scheme)
+        fills, marks = opened.run(KINDS)
+        assert fills == marks == [rgb(hue) for hue in palette.hues[:7]]
+    assert opened.run("return document.querySelectorAll('[data-figure=anatomy] path.point').length") == 4 * 210
     assert opened.complaints() == []
 
 

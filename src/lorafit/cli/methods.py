@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,28 +30,25 @@ def methods(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the methods: what each trains, how many numbers that is, and its paper."""
+    """List the methods: what each trains, how many numbers that is, where it can be used, and its paper."""
     from lorafit.cli.screen import Screen
-    from lorafit.layers import Shape
-    from lorafit.methods import METHODS
+    from lorafit.methods.table import COLUMNS, rows
 
     screen = Screen(as_json)
-    shapes = [Shape(*shape) for shape in SHAPES * LAYERS] if model is None else shapes_of(model)
+    shapes = default_shapes() if model is None else shapes_of(model)
     name = DEFAULT if model is None else model
-    counts = {key: kind().num_trainable(shapes) for key, kind in METHODS.items()}
-    rows = [(key, kind.trains, f"{counts[key]:,}", kind.paper) for key, kind in METHODS.items()]
-    screen.table(("method", "trains", "numbers", "paper"), rows, right=(2,))
+    found = rows(shapes)
+    screen.table(COLUMNS, [row.cells() for row in found], right=(2,))
     screen.say(f"numbers: trained at the defaults on the {len(shapes)} linear layers of {name} (all-linear)")
-    screen.result(
-        {
-            "model": name,
-            "sites": len(shapes),
-            "methods": [
-                {"name": key, "trains": kind.trains, "numbers": counts[key], "paper": kind.paper}
-                for key, kind in METHODS.items()
-            ],
-        }
-    )
+    screen.say("in PEFT, in vLLM: as what they read its files, or what makes files that they read (lorafit.convert)")
+    screen.result({"model": name, "sites": len(shapes), "methods": [asdict(row) for row in found]})
+
+
+def default_shapes() -> list[Shape]:
+    """The linear layers of the embedded model."""
+    from lorafit.layers import Shape
+
+    return [Shape(*shape) for shape in SHAPES * LAYERS]
 
 
 def shapes_of(model: str) -> list[Shape]:

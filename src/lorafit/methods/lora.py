@@ -12,7 +12,8 @@ Scale:                    s = α / r          (rsLoRA: s = α / √r)
 | α      | `LoRA.alpha`      | None means 2 r    |
 | s      | `LoRA.scale`      |                   |
 
-Trained: A and B. Count: r · in + out · r / groups per site. Init: B A = 0 (see `initialisers`). Schedule: none.
+Trained: A and B. Count: r · in + out · r / groups per site. Schedule: none.
+Init: B A = 0, or ΔW = s (B A − B₀ A₀) for initialisers that start elsewhere (see `initialisers`).
 
 Deviations. Dropout on an Embedding drops a token's one-hot input (the published code has no dropout there). Adapters
 compute in the activation's dtype while their own tensors stay in at least float32 (PEFT casts the activations up).
@@ -29,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.delta import LowRank, Update
-from lorafit.errors import ConfigError, nearest
 from lorafit.layers import Shape
-from lorafit.method import Adapter, Method
+from lorafit.method import Adapter, Evidence, Method, Spot
+from lorafit.methods import validate
 from lorafit.methods.initialisers import INITIALISERS
 
 
@@ -53,6 +54,43 @@ class LoRAAdapter(Adapter):
         return f"r={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+class AnchoredAdapter(Adapter):
+    """A pair A, B that starts from A₀, B₀ with B₀ A₀ ≠ 0: ΔW = s (B A − B₀ A₀), a change of rank 2 r.
+
+    PiSSA and its kind move s B₀ A₀ out of W instead. Left in place, W is still everybody's W.
+    """
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, *, scale: float, dropout: float, groups: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(b)
+        self.register_buffer("A0", a.clone())
+        self.register_buffer("B0", b.clone())
+        self.scale = scale
+        self.dropout = dropout
+        self.groups = groups
+
+    def update(self, weight: Callable[[], Tensor]) -> Update:
+        up, down = stacked((self.B, self.A), (-self.B0, self.A0), self.groups)
+        return Update(LowRank(up, down, scale=self.scale, groups=self.groups))
+
+    def extra_repr(self) -> str:
+        return f"r={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}, anchored"
+
+
+def stacked(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], groups: int) -> tuple[Tensor, Tensor]:
+    """(up, down) of the sum of two products up₁ down₁ + up₂ down₂, group by group."""
+    (up1, down1), (up2, down2) = first, second
+    up = torch.cat([up1, up2], dim=1)
+    if groups == 1:
+        return up, torch.cat([down1, down2])
+    blocks = [down.view(groups, -1, down.shape[1]) for down in (down1, down2)]
+    return up, torch.cat(blocks, dim=1).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class LoRA(Method):
     """Hyperparameters of LoRA and rsLoRA.
@@ -62,7 +100,7 @@ class LoRA(Method):
         alpha: α, greater than 0; None means 2 r.
         dropout: probability of dropping the adapter's own input in training, in [0, 1).
         rslora: scale by α / √r instead of α / r; meant for r ≥ 64.
-        init: name of an initialiser: "default" or "gaussian".
+        init: name of an initialiser, see `lorafit.methods.initialisers`.
 
     Raises:
         ConfigError: for a value out of range; the message names the field and one fix.
@@ -86,39 +124,11 @@ class LoRA(Method):
     init: str = "default"
 
     def __post_init__(self) -> None:
-        _check_rank(self.r)
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha < math.inf):
-            raise ConfigError(
-                "alpha is out of range",
-                where="LoRA.alpha",
-                found=repr(self.alpha),
-                expected="a finite number greater than 0, or None for 2 r",
-                fix="alpha=None",
-            )
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ConfigError(
-                "dropout is out of range",
-                where="LoRA.dropout",
-                found=repr(self.dropout),
-                expected="a probability of at least 0 and less than 1",
-                fix="dropout=0.0",
-            )
-        if not isinstance(self.rslora, bool):
-            raise ConfigError(
-                "rslora must be true or false",
-                where="LoRA.rslora",
-                found=repr(self.rslora),
-                fix="rslora=False",
-            )
-        if not isinstance(self.init, str) or self.init not in INITIALISERS:
-            raise ConfigError(
-                "unknown initialiser",
-                where="LoRA.init",
-                found=repr(self.init),
-                expected=f"one of {', '.join(INITIALISERS)}",
-                near=nearest(str(self.init), INITIALISERS),
-                fix='init="default"',
-            )
+        validate.rank("LoRA.r", self.r)
+        validate.alpha("LoRA.alpha", self.alpha)
+        validate.dropout("LoRA.dropout", self.dropout)
+        validate.flag("LoRA.rslora", self.rslora)
+        validate.choice("LoRA.init", self.init, INITIALISERS, "unknown initialiser")
 
     @property
     def resolved_alpha(self) -> float:
@@ -133,28 +143,30 @@ class LoRA(Method):
     def at(self, *, r: int | None = None, alpha: float | None = None) -> LoRA:
         return replace(self, r=self.r if r is None else r, alpha=self.alpha if alpha is None else alpha)
 
-    def adapter(self, shape: Shape, *, generator: torch.Generator | None = None) -> LoRAAdapter:
-        a, b = INITIALISERS[self.init](shape, self.r, generator)
-        return LoRAAdapter(a, b, scale=self.scale, dropout=self.dropout, groups=shape.groups)
+    def adapter(self, spot: Spot, *, generator: torch.Generator | None = None) -> Adapter:
+        start = INITIALISERS[self.init]
+        a, b = start.draw(spot, self.r, self.scale, generator)
+        kind = AnchoredAdapter if start.anchored else LoRAAdapter
+        return kind(a, b, scale=self.scale, dropout=self.dropout, groups=spot.shape.groups)
 
     def num_trainable(self, shapes: Iterable[Shape | tuple[int, int]]) -> int:
-        full = (Shape(*shape) for shape in shapes)
-        return sum(self.r * shape.inn + shape.out * self.r // shape.groups for shape in full)
+        return matrices(self.r, shapes)
 
-    def impossible(self, shape: Shape) -> str | None:
-        if self.r % shape.groups == 0:
-            return None
-        above = -(-self.r // shape.groups) * shape.groups
-        return f"r = {self.r} does not divide into its {shape.groups} groups; the next rank that does is {above}"
+    def impossible(self, spot: Spot) -> str | None:
+        return indivisible(self.r, spot.shape)
 
-    def wasteful(self, shape: Shape) -> str | None:
-        limit = min(shape.out, shape.inn * shape.groups)
-        if self.r <= limit:
-            return None
-        return f"r = {self.r} is larger than the layer: its weight ({shape.out} × {shape.inn}) has rank {limit} at most"
+    def wasteful(self, spot: Spot) -> str | None:
+        return too_large(self.r, spot.shape) or INITIALISERS[self.init].objection(spot, self.r)
 
     def adapter_settings(self) -> tuple[object, ...]:
-        return (self.r, self.scale)
+        return (self.name, self.r, self.scale)
+
+    def ups(self) -> tuple[str, ...]:
+        return ("B",)
+
+    def evidence(self) -> Evidence | None:
+        needed = INITIALISERS[self.init].evidence
+        return None if needed is None else needed()
 
     def settings(self) -> dict[str, object]:
         return {
@@ -167,16 +179,22 @@ class LoRA(Method):
         }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def matrices(r: int, shapes: Iterable[Shape | tuple[int, int]]) -> int:
+    """How many numbers A (r, in) and B (out, r / groups) have together, over sites of these shapes."""
+    return sum(r * shape.inn + shape.out * r // shape.groups for shape in (Shape(*each) for each in shapes))
 
 
-def _check_rank(r: object) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ConfigError(
-            "the rank is out of range",
-            where="LoRA.r",
-            found=repr(r),
-            expected="a whole number of at least 1",
-            fix="r=8 is a common small rank",
-        )
+def indivisible(r: int, shape: Shape) -> str | None:
+    """Why a rank cannot be shared out over the groups of a site; None when it can."""
+    if r % shape.groups == 0:
+        return None
+    above = -(-r // shape.groups) * shape.groups
+    return f"r = {r} does not divide into its {shape.groups} groups; the next rank that does is {above}"
+
+
+def too_large(r: int, shape: Shape) -> str | None:
+    """Why a rank is more than a site's weight can have; None when it is not."""
+    limit = min(shape.out, shape.inn * shape.groups)
+    if r <= limit:
+        return None
+    return f"r = {r} is larger than the layer: its weight ({shape.out} × {shape.inn}) has rank {limit} at most"

@@ -84,7 +84,7 @@ def _losses(run: Run) -> Plot | None:
     finite = train.finite + held.finite
     if not finite and not diverged:
         return None
-    figure = _figure(run, TALL, labelled=True)
+    figure = over_steps(run, TALL, labelled=True)
     notes: list[str] = []
     spoken: list[str] = []
     if train.finite:
@@ -118,6 +118,11 @@ def _losses(run: Run) -> Plot | None:
         many = "steps" if len(diverged) > 1 else "step"
         notes.append(f"The training loss was not a finite number at {many} {_list(diverged)}.")
         spoken.append(notes[-1])
+    notes += [
+        f"From step {one.start:,} on, the adapted weights moved too."
+        for one in run.schedules[-1:]
+        if one.started and one.start is not None
+    ]
     if run.resumes:
         notes.append(f"Dotted: resumed at {'steps' if len(run.resumes) > 1 else 'step'} {_list(run.resumes)}.")
     return Plot("loss", "Loss", " ".join(spoken), tuple(notes), figure)
@@ -162,7 +167,7 @@ def _accuracy(run: Run) -> Plot | None:
     accuracy = Series.made([(one.step, one.accuracy) for one in run.evaluations])
     if not accuracy.finite:
         return None
-    figure = _figure(run, SMALL)
+    figure = over_steps(run, SMALL)
     figure.add_scatter(
         x=accuracy.x,
         y=accuracy.y,
@@ -183,7 +188,7 @@ def _curve(run: Run, key: str, title: str, points: list[tuple[int, float | None]
     series = thin(Series.made(points))
     if not series.finite:
         return None
-    figure = _figure(run, SMALL)
+    figure = over_steps(run, SMALL)
     figure.add_scatter(
         x=series.x,
         y=series.y,
@@ -212,8 +217,16 @@ def _thinned(series: Series) -> list[str]:
     return [f"{len(series.x):,} of {series.of:,} logged steps are drawn: the lowest and highest of each stretch."]
 
 
-def _figure(run: Run, height: int, *, labelled: bool = False) -> Figure:
-    """An empty figure in the style of the page, with marks where the run was resumed."""
+def blank(height: int, top: int = 14) -> Figure:
+    """An empty figure in the style of the page.
+
+    Args:
+        height: in pixels.
+        top: room above the plot, in pixels.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
     try:
         import plotly.graph_objects as go
     except ModuleNotFoundError as error:
@@ -226,22 +239,40 @@ def _figure(run: Run, height: int, *, labelled: bool = False) -> Figure:
         "ticks": "",
         "exponentformat": "power",
     }
-    reached = [one.step for one in run.steps] + [one.step for one in run.evaluations]
-    last = max(reached, default=0)
     figure = go.Figure()
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 44, "r": 12, "t": 22 if labelled else 14, "b": 34},
+        margin={"l": 44, "r": 12, "t": top, "b": 34},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 12, "color": LIGHT.muted},
-        hovermode="x unified",
         hoverlabel={"bgcolor": LIGHT.card, "bordercolor": LIGHT.rule, "font": {"color": LIGHT.ink}},
         showlegend=False,  # the page has one, which wraps as text does
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": LIGHT.muted, "activecolor": LIGHT.ink},
-        xaxis={**axis, "showgrid": False, "showline": True, "tickformat": ",d", "range": [0, max(last, 1) * 1.01]},
+        xaxis=axis,
         yaxis=axis,
+    )
+    return figure
+
+
+def over_steps(run: Run, height: int, *, labelled: bool = False) -> Figure:
+    """An empty figure over the steps of a run, with marks where it was resumed.
+
+    Args:
+        run: a run.
+        height: in pixels.
+        labelled: whether the marks say what they are, where there is room.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    figure = blank(height, 22 if labelled else 14)
+    reached = [one.step for one in run.steps] + [one.step for one in run.evaluations]
+    last = max(reached, default=0)
+    figure.update_layout(
+        hovermode="x unified",
+        xaxis={"showgrid": False, "showline": True, "tickformat": ",d", "range": [0, max(last, 1) * 1.01]},
         shapes=[_mark(step) for step in run.resumes],
         annotations=[_label(step, last) for step in run.resumes] if labelled and len(run.resumes) < 3 else [],
     )

@@ -11,16 +11,31 @@ from typing import Any, Final, TypeVar
 
 from lorafit.errors import DataError, some
 from lorafit.report.lines import Line, read_lines
-from lorafit.report.records import End, Evaluation, Pair, Process, Run, Sample, Saved, Step
+from lorafit.report.records import (
+    Anatomy,
+    Drop,
+    End,
+    Evaluation,
+    Pair,
+    Process,
+    Run,
+    Sample,
+    Saved,
+    Schedule,
+    Step,
+)
 
-_Stepped = TypeVar("_Stepped", Step, Evaluation, Saved)
+_Stepped = TypeVar("_Stepped", Step, Evaluation, Saved, Schedule, Anatomy)
 
 _COMMON: Final = frozenset({"event", "time", "elapsed", "nonfinite", "repaired"})
 _FREE: Final = frozenset({"environment", "data"})
 _READ: Final[Mapping[str, frozenset[str]]] = {
     "run": frozenset({"run", "command", "resumed_from_step"}),
     "config": frozenset({"config", "resolved"}),
-    **{kind.event: frozenset(part.name for part in fields(kind)) for kind in (Step, Evaluation, Sample, Saved, End)},
+    **{
+        kind.event: frozenset(part.name for part in fields(kind))
+        for kind in (Step, Evaluation, Sample, Saved, Drop, Schedule, Anatomy, End)
+    },
 }
 """The keys that are read of each event; all keys of the events in `_FREE` are."""
 
@@ -59,6 +74,8 @@ def read_records(path: Path | str) -> Run:
             "checkpoint that a later one resumed from; the curves show what the later process made of them."
         )
     evaluations, _ = _standing([part.evaluations for part in parts], parts, key=lambda one: one.step)
+    schedules, _ = _standing([part.schedules for part in parts], parts, key=lambda one: one.step)
+    anatomies, _ = _standing([part.anatomies for part in parts], parts, key=lambda one: one.step)
     saved, _ = _standing([part.saved for part in parts], parts, key=lambda one: (one.step, one.path))
     return Run(
         path=path,
@@ -72,6 +89,9 @@ def read_records(path: Path | str) -> Run:
         pairs=_pairs([sample for part in parts for sample in part.samples]),
         saved=saved,
         remarks=(*remarks, *_changes(parts), *_unread(lines)),
+        drop=next((part.drop for part in reversed(parts) if part.drop is not None), None),
+        schedules=schedules,
+        anatomies=anatomies,
     )
 
 
@@ -88,6 +108,9 @@ class _Part:
     evaluations: tuple[Evaluation, ...]
     samples: tuple[Sample, ...]
     saved: tuple[Saved, ...]
+    drop: Drop | None
+    schedules: tuple[Schedule, ...]
+    anatomies: tuple[Anatomy, ...]
 
     @property
     def trained(self) -> bool:
@@ -131,6 +154,9 @@ def _part(lines: Sequence[Line]) -> _Part:
         evaluations=tuple(Evaluation.read(line) for line in by[Evaluation.event]),
         samples=tuple(Sample.read(line) for line in by[Sample.event]),
         saved=tuple(Saved.read(line) for line in by[Saved.event]),
+        drop=next((Drop.read(line) for line in reversed(by[Drop.event])), None),
+        schedules=tuple(Schedule.read(line) for line in by[Schedule.event]),
+        anatomies=tuple(Anatomy.read(line) for line in by[Anatomy.event]),
     )
 
 

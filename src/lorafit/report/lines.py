@@ -75,6 +75,35 @@ class Line:
         except ValueError:
             raise self._wrong(key, "a time as ISO-8601 has it") from None
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The texts in the list under `key`; empty when it is null or missing."""
+        values = self._value(key, list, "a list of texts") or []
+        if not all(isinstance(value, str) for value in values):
+            raise self._wrong(key, "a list of texts or null")
+        return tuple(values)
+
+    def numbers(self, key: str) -> Mapping[str, float]:
+        """The object of numbers under `key`; empty when it is null or missing."""
+        values = self.mapping(key)
+        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values.values()):
+            raise self._wrong(key, "an object of numbers or null")
+        return values
+
+    def measured(self, key: str) -> Mapping[str, float | None]:
+        """The object of numbers, or nulls for those that were not finite, under `key`; empty when null or missing."""
+        values = self.mapping(key)
+        known = [value for value in values.values() if value is not None]
+        if not all(type(value) in (int, float) and abs(value) < math.inf for value in known):
+            raise self._wrong(key, "an object of finite numbers and nulls, or null")
+        return values
+
+    def counts(self, key: str) -> Mapping[str, int]:
+        """The object of whole numbers, zero or more, under `key`; empty when it is null or missing."""
+        values = self.mapping(key)
+        if not all(type(value) is int and value >= 0 for value in values.values()):
+            raise self._wrong(key, "an object of whole numbers, zero or more, or null")
+        return values
+
     def choice(self, key: str, names: Iterable[str]) -> str:
         """The text under `key`, which must be there and one of `names`."""
         allowed = tuple(names)

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from lorafit.errors import ConfigError
-from lorafit.report import dataset, head, tables, text
+from lorafit.report import anatomy, dataset, head, importance, ranks, tables, text
 from lorafit.report.figures import Plot, as_json, draw, plotly_script
 from lorafit.report.history import read_records
 from lorafit.report.palette import DARK, LIGHT, exchange
@@ -64,10 +64,10 @@ def write_report(records_path: Path | str, html_path: Path | str) -> Path:
 
 def render(run: Run) -> str:
     """The page of `run`, as HTML."""
-    plots = draw(run)
+    curves, choice, budget, moved = draw(run), importance.draw(run), ranks.draw(run), anatomy.draw(run)
     summary = summarize(run)
     library, script = _embedded(plotly_script()), _asset("page.js")
-    data = text.script_json({"figures": as_json(plots), "dark": exchange()})
+    data = text.script_json({"figures": as_json([*curves, *choice, *budget, *moved]), "dark": exchange()})
     return Template(_asset("page.html")).substitute(
         policy=_policy((library, script)),
         title=escape(head.title(run)),
@@ -77,7 +77,10 @@ def render(run: Run) -> str:
         masthead=head.masthead(run, summary),
         remarks=head.remarks(run),
         headline=head.headline(run, summary),
-        curves=_curves(run, plots),
+        curves=_curves(run, curves),
+        importance="".join(importance.section(run, _frame(plot)) for plot in choice),
+        ranks=ranks.section(run, "".join(map(_frame, budget))),
+        anatomy="".join(anatomy.section(run, _frame(plot)) for plot in moved),
         samples=samples(run),
         data=dataset.data(run),
         settings=tables.settings(run),

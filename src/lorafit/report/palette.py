@@ -7,6 +7,7 @@ page's script exchanges one for the other when the reader's system is dark. Text
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -28,6 +29,8 @@ class Palette:
         good: an improvement.
         bad: a failure.
         warn: something to look at.
+        full: the highest value in a table of shades, with text on it; lower ones are mixed with what is behind.
+        hues: as many kinds of things as can be told apart.
     """
 
     paper: str
@@ -42,10 +45,17 @@ class Palette:
     good: str
     bad: str
     warn: str
+    full: str
+    hues: tuple[str, ...]
+
+    def named(self) -> Mapping[str, str]:
+        """Each colour by its name; hues are numbered."""
+        colours: dict[str, str] = {name: value for name, value in asdict(self).items() if name != "hues"}
+        return colours | {f"hue-{at}": hue for at, hue in enumerate(self.hues)}
 
     def css(self) -> str:
         """The colours as custom properties of a style sheet."""
-        return " ".join(f"--{name}: {value};" for name, value in asdict(self).items())
+        return " ".join(f"--{name}: {value};" for name, value in self.named().items())
 
 
 LIGHT: Final = Palette(
@@ -61,6 +71,8 @@ LIGHT: Final = Palette(
     good="#17693b",
     bad="#b3261e",
     warn="#8a5a00",
+    full="#86a2f0",
+    hues=("#2f5fd0", "#c2500c", "#0b7a6f", "#a3269f", "#8f7100", "#c0264d", "#0582bd", "#6a6f79"),
 )
 
 DARK: Final = Palette(
@@ -76,9 +88,11 @@ DARK: Final = Palette(
     good="#7fd6a1",
     bad="#ff8f85",
     warn="#e9bd5b",
+    full="#3f5cab",
+    hues=("#82a8ff", "#ff9c5e", "#45cdbb", "#e58cef", "#dfc04a", "#ff7f9e", "#57c6f5", "#a9aeb8"),
 )
 
 
 def exchange() -> dict[str, str]:
     """Each colour of the light palette with its counterpart in the dark one."""
-    return dict(zip(asdict(LIGHT).values(), asdict(DARK).values(), strict=True))
+    return dict(zip(LIGHT.named().values(), DARK.named().values(), strict=True))

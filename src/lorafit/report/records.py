@@ -129,6 +129,103 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """Which sites LoRA-drop gave adapters of their own, and why.
+
+    Attributes:
+        scores: module path → share of the squared output of all updates.
+        kept: paths of the sites with adapters of their own.
+        shared: shape → how many sites share one adapter of it.
+        rest: what became of the other sites, "share" or "freeze".
+        threshold: the share that the kept ones were to have.
+        sample_records: how many records the trial run saw.
+        steps: its optimizer steps.
+    """
+
+    event: ClassVar[str] = "drop"
+
+    scores: Mapping[str, float]
+    kept: tuple[str, ...]
+    shared: Mapping[str, float]
+    rest: str | None
+    threshold: float | None
+    sample_records: int | None
+    steps: int | None
+
+    @classmethod
+    def read(cls, line: Line) -> Drop:
+        """The choice that `line` records."""
+        return cls(
+            scores=line.numbers("scores"),
+            kept=line.texts("kept"),
+            shared=line.numbers("shared"),
+            rest=line.text("rest"),
+            threshold=line.number("threshold"),
+            sample_records=line.count("sample_records"),
+            steps=line.count("steps"),
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where the schedule of a method stood. What was not recorded is None or empty.
+
+    Attributes:
+        budget: of AdaLoRA, how many ranks all sites together may have.
+        interval: of AdaLoRA, the steps from one pruning to the next.
+        ranks: of AdaLoRA, module path → ranks in use, which are those whose λ is not zero.
+        start: of Delta-LoRA, after how many steps the weights move too.
+        started: of Delta-LoRA, whether they do.
+    """
+
+    event: ClassVar[str] = "schedule"
+
+    step: int
+    budget: int | None
+    interval: int | None
+    ranks: Mapping[str, int]
+    start: int | None
+    started: bool
+
+    @classmethod
+    def read(cls, line: Line) -> Schedule:
+        """The state that `line` records."""
+        return cls(
+            step=line.needed("step", line.count),
+            budget=line.count("budget"),
+            interval=line.count("interval"),
+            ranks=line.counts("ranks"),
+            start=line.count("start"),
+            started=line.flag("started"),
+        )
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """How far the lengths and the directions of the weights' rows had moved. What was not finite is None.
+
+    Attributes:
+        magnitude: module path → ΔM, the mean change of a row's length.
+        direction: module path → ΔD, the mean of 1 − cos of the angle between a row and what it was.
+    """
+
+    event: ClassVar[str] = "anatomy"
+
+    step: int
+    magnitude: Mapping[str, float | None]
+    direction: Mapping[str, float | None]
+
+    @classmethod
+    def read(cls, line: Line) -> Anatomy:
+        """The state that `line` records."""
+        return cls(
+            step=line.needed("step", line.count),
+            magnitude=line.measured("magnitude"),
+            direction=line.measured("direction"),
+        )
+
+
+@dataclass(frozen=True)
 class End:
     """How a process ended. What was not recorded is None."""
 
@@ -201,6 +298,9 @@ class Run:
         pairs: the samples, by index.
         saved: what was written, in order.
         remarks: what a reader of the report should know of the records.
+        drop: the choice of sites, where the method made one.
+        schedules: where the method's schedule stood, in order, each step once.
+        anatomies: how far lengths and directions had moved, in order, each step once.
     """
 
     path: Path
@@ -214,6 +314,9 @@ class Run:
     pairs: tuple[Pair, ...]
     saved: tuple[Saved, ...]
     remarks: tuple[str, ...]
+    drop: Drop | None = None
+    schedules: tuple[Schedule, ...] = ()
+    anatomies: tuple[Anatomy, ...] = ()
 
     @property
     def end(self) -> End | None:

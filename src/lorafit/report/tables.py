@@ -103,8 +103,16 @@ def evaluations(run: Run) -> str:
     ]
     return f"""
 <details><summary>Held-out measurements as numbers ({len(rows)})</summary>
-<div class="wide" tabindex="0"><table class="numbers"><thead><tr>{_cells(head, "th")}</tr></thead>
-<tbody>{"".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)}</tbody></table></div></details>"""
+{numbers(head, rows)}</details>"""
+
+
+def numbers(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of columns of numbers with their names above; all cells are HTML."""
+    body = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
+    return (
+        f'<div class="wide" tabindex="0"><table class="numbers"><thead><tr>{_cells(head, "th")}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _cells(values: Iterable[str], tag: str) -> str:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafit.anatomy import anatomy
+from lorafit.handle import Handle
 from lorafit.training.record import Recorder, peak_rss_bytes
 from lorafit.training.trainer import Meter
 
@@ -19,11 +21,12 @@ Notify = Callable[[str], object]
 
 
 class Recording(TrainerCallback):
-    """Writes steps, evaluations and checkpoints into the records."""
+    """Writes steps, evaluations and checkpoints into the records, with evaluations what became of the adapter."""
 
-    def __init__(self, recorder: Recorder, meter: Meter) -> None:
+    def __init__(self, recorder: Recorder, meter: Meter, handle: Handle) -> None:
         self._recorder = recorder
         self._meter = meter
+        self._handle = handle
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._meter.start()
@@ -41,6 +44,7 @@ class Recording(TrainerCallback):
         if "eval_loss" in logs:
             fields = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
             self._recorder.write("evaluation", step=state.global_step, **fields)
+            self._record_adapter(state.global_step)
         elif "loss" in logs:
             kept = {key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm")}
             self._recorder.write(
@@ -51,6 +55,22 @@ class Recording(TrainerCallback):
                 **self._meter.read(),
                 peak_rss_bytes=peak_rss_bytes(),
             )
+
+    def _record_adapter(self, step: int) -> None:
+        """Where a schedule stands, and, of methods that part length and direction, how far each has moved."""
+        facts = {} if self._handle.schedule is None else self._handle.schedule.facts()
+        if facts:
+            self._recorder.write("schedule", **{**facts, "step": step})
+        sites = {path: (site, self._handle.adapter(path)) for path, site in self._handle.sites.items()}
+        if all(adapter.update(site.weight).gain is None for site, adapter in sites.values()):
+            return
+        moved = anatomy(sites)
+        self._recorder.write(
+            "anatomy",
+            step=step,
+            magnitude={path: one.magnitude for path, one in moved.items()},
+            direction={path: one.direction for path, one in moved.items()},
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._recorder.write("saved", step=state.global_step, path=f"checkpoint-{state.global_step}")

@@ -132,29 +132,20 @@ def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: N
         ConfigError: an unknown setting (with near names), two spellings of one in the same source, or a value of the
             wrong type or out of range; names the source and the key.
     """
-    from lorafit.methods import METHODS
+    from lorafit.methods import build, method_class
 
     merged: dict[str, tuple[Any, str]] = {}
     for origin, values in layers:
         merged.update(_renamed(origin, values, notify))
     name, origin = merged.get("method", ("lora", "the default"))
-    canonical = str(name).replace("_", "-")
-    if canonical not in METHODS:
-        raise ConfigError(
-            "unknown method",
-            where=f"{origin}: method",
-            found=repr(name),
-            expected=f"one of {', '.join(METHODS)}",
-            near=nearest(canonical, METHODS),
-            fix="method: lora",
-        )
+    canonical = method_class(name, f"{origin}: method").name
     merged["method"] = (canonical, origin)
-    own, options, training = _sorted(merged, METHODS[canonical])
+    own, options, training = _sorted(merged, canonical)
     try:
         settings = Settings(**own, method_options=options, training={**DEFAULT_TRAINING, **training})
     except ValidationError as error:
         raise _schema_error(error, merged) from None
-    METHODS[canonical](**options)
+    build(canonical, options)
     return settings
 
 
@@ -180,12 +171,14 @@ def _renamed(origin: str, values: Mapping[str, Any], notify: Callable[[str], Non
 
 
 def _sorted(
-    merged: Mapping[str, tuple[Any, str]], method: type[Any]
+    merged: Mapping[str, tuple[Any, str]], method: str
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     from transformers import TrainingArguments
 
+    from lorafit.methods import INNER, accepts
+
     own_names = set(own_fields())
-    method_types = _types(method)
+    method_types = accepts(method, merged.get(INNER, (None, ""))[0])
     training_types = _types(TrainingArguments)
     own: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -194,7 +187,7 @@ def _sorted(
         if name in own_names:
             own[name] = value
         elif name in method_types:
-            options[name] = _coerced(name, value, method_types[name], origin)
+            options[name] = value if name == INNER else _coerced(name, value, method_types[name], origin)
         elif name in RESERVED:
             raise ConfigError(
                 f"{name} is not yours to set here",
@@ -211,7 +204,7 @@ def _sorted(
                 "unknown setting",
                 where=f"{origin}: {name}",
                 found=repr(name),
-                expected=f"a setting of lorafit, of {method.__name__} or of transformers.TrainingArguments",
+                expected=f"a setting of lorafit, of {method} or of transformers.TrainingArguments",
                 near=nearest(name, known),
                 fix=f"write {next(iter(nearest(name, known)))!r}" if nearest(name, known) else f"remove {name!r}",
             )

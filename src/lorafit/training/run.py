@@ -18,11 +18,13 @@ from transformers.trainer_callback import ProgressCallback
 from lorafit import files
 from lorafit.handle import Handle
 from lorafit.inject import attach
-from lorafit.methods import METHODS
+from lorafit.method import Method, Sample
+from lorafit.methods import build
 from lorafit.training.answers import answers
 from lorafit.training.callbacks import Bar, Interrupt, Recording
 from lorafit.training.config import Settings
 from lorafit.training.data import LabelledData
+from lorafit.training.dropping import Trial, settle
 from lorafit.training.folder import LABELS, RunFolder, open_folder
 from lorafit.training.models import default_rate
 from lorafit.training.prepare import Task, prepare, training_arguments
@@ -30,6 +32,9 @@ from lorafit.training.record import Recorder, environment, peak_rss_bytes
 from lorafit.training.trainer import AdapterTrainer
 
 Notify = Callable[[str], object]
+
+SAMPLE_BATCHES = 8
+"""How many batches an initialiser that looks at data is shown."""
 
 COST_OF_A_STEP = 2.2
 """A training step in forward passes of its tokens: the gradient of the input costs one more, adapters the rest."""
@@ -142,17 +147,25 @@ class _Run:
         arguments = training_arguments(self.settings, self.folder.path)
         task = prepare(self.settings, arguments, self.notify)
         self.folder.check_data(task.fingerprint)
-        handle = self._attach(task)
+        method = build(self.settings.method, self.settings.method_options)
         if "learning_rate" not in self.settings.training:
-            arguments.learning_rate = default_rate(task.model.config.get_text_config().hidden_size)
-            self.notify(f"learning rate {arguments.learning_rate:.2g}, from the model's width; --learning-rate sets it")
+            width = task.model.config.get_text_config().hidden_size
+            arguments.learning_rate = default_rate(width) * method.rate()
+            times = "" if method.rate() == 1 else f" times {method.rate():g} for {method.name}"
+            self.notify(
+                f"learning rate {arguments.learning_rate:.2g}, from the model's width{times}; --learning-rate sets it"
+            )
+        trial = Trial(
+            task, self.settings, arguments, lambda method: self._attach(task, method), self.notify, self.console
+        )
+        handle = self._attach(task, settle(method, trial, self.folder, self.recorder))
         trainer = self._trainer(task, handle, arguments)
         self._announce(task, handle, trainer)
         before = self._first_evaluation(trainer)
         self._estimate(task, trainer)
         first = self._first_answers(task, handle)
         interrupt, bar = Interrupt(self.notify), Bar(self.console, trainer.meter)
-        for callback in (Recording(self.recorder, trainer.meter), interrupt, bar):
+        for callback in (Recording(self.recorder, trainer.meter, handle), interrupt, bar):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -163,19 +176,28 @@ class _Run:
             return self._interrupted(trainer, before)
         return self._done(task, handle, trainer, before, first)
 
-    def _attach(self, task: Task) -> Handle:
+    def _attach(self, task: Task, method: Method) -> Handle:
         settings = self.settings
         head = [path for path in task.head if path not in settings.modules_to_save]
         return attach(
             task.model,
-            METHODS[settings.method](**settings.method_options),
+            method,
             settings.targets,
             exclude=settings.exclude,
             rank_pattern=settings.rank_pattern,
             alpha_pattern=settings.alpha_pattern,
             modules_to_save=[*settings.modules_to_save, *head],
             seed=settings.seed,
+            sample=None if method.evidence() is None else self._sample(task),
         )
+
+    def _sample(self, task: Task) -> Sample:
+        """A few batches of the training data, evenly chosen, for methods that look at data first."""
+        size = int(self.settings.training["per_device_train_batch_size"])
+        records = _limited(task.data.train, SAMPLE_BATCHES * size)
+        self.notify(f"looks at {len(records)} training records before the first step, as the initialiser asks")
+        batches = [task.collator(records[start : start + size]) for start in range(0, len(records), size)]
+        return Sample(batches, loss=lambda model, batch: task.objective.loss(model, batch, None))
 
     def _trainer(self, task: Task, handle: Handle, arguments: Any) -> AdapterTrainer:
         held = _limited(task.data.eval, self.settings.eval_limit)

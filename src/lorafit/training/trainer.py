@@ -16,9 +16,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from lorafit import files
-from lorafit.checkpoint import reload
-from lorafit.errors import TrainingError
+from lorafit.errors import CheckpointError, TrainingError
 from lorafit.handle import Handle
+from lorafit.state import load_state, save_state
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.folder import COMPLETE
 from lorafit.training.objectives import Objective
@@ -102,7 +102,11 @@ class AdapterTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rate = options.pop("lr")
             optimizer: torch.optim.Optimizer = self.handle.optimizer(
-                kind, lr=rate, weight_decay=self.args.weight_decay, **options
+                kind,
+                lr=rate,
+                total_steps=self.planned_steps(),
+                weight_decay=self.args.weight_decay,
+                **options,
             )
             self.optimizer = optimizer
             return optimizer
@@ -205,7 +209,9 @@ class AdapterTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            if self.args.should_save:
+                save_state(self.handle, folder)
+        except (OSError, RuntimeError, CheckpointError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self.args.output_dir).free / 2**20
             raise TrainingError(
@@ -220,9 +226,9 @@ class AdapterTrainer(Trainer):
             files.write_text(folder / COMPLETE, json.dumps({"step": self.state.global_step}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        reload(self.handle, resume_from_checkpoint)
+        load_state(self.handle, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        reload(self.handle, self.state.best_model_checkpoint)
+        load_state(self.handle, self.state.best_model_checkpoint)
         self.last_evaluated = -1  # the last evaluation was of other values than these

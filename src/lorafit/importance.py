@@ -1,0 +1,192 @@
+"""How much each site's update contributes to what its layer puts out, on data: the score of LoRA-drop.
+
+gᵢ = meanₓ Σ ‖ΔWᵢ xᵢ‖² over the positions of a sample that are no padding, and Iᵢ = gᵢ / Σⱼ gⱼ (Zhou et al. 2024,
+arXiv:2402.07721). ΔW is W' − W, with the scale and the gain that the adapter has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapted import plain_class
+from lorafit.errors import DataError, StateError, some
+from lorafit.handle import Handle
+from lorafit.layers import Acting, Site, apply
+from lorafit.method import Adapter, Batch
+
+MASK = "attention_mask"
+
+
+def importance(
+    handle: Handle,
+    batches: Iterable[Batch],
+    *,
+    forward: Callable[[nn.Module, Batch], object] | None = None,
+    mask: Callable[[Batch], Tensor | None] | None = None,
+) -> dict[str, float]:
+    """The share of each site in the squared output of an adapter's updates.
+
+    The model runs without dropout and gradients, with the adapters that are active, and is left as it was.
+
+    Args:
+        handle: a trained adapter that is active and not merged.
+        batches: mappings of keyword arguments, tuples of arguments, or tensors; one row is one sample. They are moved
+            to the model's device.
+        forward: runs the model on one batch; None calls it with the batch.
+        mask: gives of a batch what is no padding, (batch, positions), or None where all of it counts. By default the
+            batch's own "attention_mask", where it is a mapping that has one.
+
+    Returns:
+        Module path → Iᵢ, in model order; their sum is 1. A layer that no batch reaches has 0.
+
+    Raises:
+        DataError: no batches, an adapter that changes nothing yet, outputs that are not finite, or a mask that does
+            not fit what a layer sees.
+        StateError: the adapter is not active, merged, or a layer was replaced.
+    """
+    handle.check_sites("score")
+    if handle.merged or handle.name not in handle.active:
+        raise StateError(
+            f"adapter {handle.name!r} is {'merged' if handle.merged else 'not active'}",
+            expected="an active adapter that is not merged",
+            fix="handle.unmerge()" if handle.merged else f"handle.activate({handle.name!r})",
+        )
+    model = handle.model
+    meter = _Meter(handle)
+    count = 0
+    with _at_rest(model), meter:
+        for batch in batches:
+            count += 1
+            moved = _moved(batch, next(model.parameters()).device)
+            meter.mask = _mask_of(moved) if mask is None else mask(moved)
+            (_call if forward is None else forward)(model, moved)
+    if count == 0:
+        raise DataError(
+            "there is nothing to score the sites on", found="no batches", expected="at least one", fix="give batches"
+        )
+    return _shares(meter.sums)
+
+
+def _shares(sums: Mapping[str, float]) -> dict[str, float]:
+    wrong = [path for path, value in sums.items() if not math.isfinite(value)]
+    if wrong:
+        raise DataError(
+            "the output of an update is not finite",
+            where=some(wrong, 3),
+            found=sums[wrong[0]],
+            expected="finite numbers",
+            fix="lower the learning rate with which the adapter was trained",
+        )
+    total = math.fsum(sums.values())
+    if total == 0:
+        raise DataError(
+            "the adapter learnt nothing: its output is zero at every site",
+            found=f"{len(sums)} sites",
+            expected="a trained adapter",
+            fix="train it for longer or at a higher rate",
+        )
+    # The mean over samples divides every g by the same number, which falls away here.
+    return {path: value / total for path, value in sums.items()}
+
+
+class _Meter:
+    """Adds up ‖ΔW x‖² of every site while it is entered."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.mask: Tensor | None = None
+        self.sums = dict.fromkeys(handle.sites, 0.0)
+        self._handle = handle
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as hooks:
+            for path, site in self._handle.sites.items():
+                hook = site.module.register_forward_hook(self._hook(path, site), with_kwargs=True)
+                hooks.callback(hook.remove)
+            self._hooks = hooks.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _hook(self, path: str, site: Site) -> Callable[..., None]:
+        adapter = self._handle.adapter(path)
+
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            # In full precision: squares of small numbers would vanish in float16, and sums would stall.
+            with torch.autocast(x.device.type, enabled=False):
+                squares = _change(site, adapter, x, output).square()
+                axis = squares.dim() - site.channel(squares.new_empty(site.shape.out)).dim()
+                self.sums[path] += float(_kept(squares.sum(axis), self.mask, path).sum())
+
+        return add
+
+
+def _change(site: Site, adapter: Adapter, x: Tensor, output: Tensor) -> Tensor:
+    """What an adapter's update changes of a layer's output for x, in at least single precision."""
+    update = adapter.update(site.weight)
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    if update.gain is None:
+        y = torch.zeros_like(output, dtype=dtype)
+    else:
+        weight = site.raw_weight
+        base = x.to(weight.dtype) if x.is_floating_point() else x
+        y = plain_class(site.module).forward(site.module, base).to(dtype)
+    return apply(site, x.to(dtype) if x.is_floating_point() else x, y, [Acting(update, 0.0)]) - y
+
+
+def _kept(values: Tensor, mask: Tensor | None, path: str) -> Tensor:
+    """`values` (batch, positions), in whatever way a layer sees them, with zeros for padding."""
+    if mask is None or bool(mask.all()):
+        return values
+    if values.shape == mask.shape:
+        return torch.where(mask.to(values.device, torch.bool), values, 0)
+    if values.dim() == 1 and values.shape[0] == mask.numel():  # all positions in one row, as some models have them
+        return torch.where(mask.to(values.device, torch.bool).flatten(), values, 0)
+    if values.dim() == 1 and values.shape[0] == mask.shape[0]:  # one vector for a whole sample
+        return values
+    raise DataError(
+        "the mask does not fit what this layer sees, so padding cannot be told from text there",
+        where=path,
+        found=f"outputs at {tuple(values.shape)} positions, a mask of shape {tuple(mask.shape)}",
+        expected=f"{tuple(mask.shape)} or ({mask.numel()},) positions",
+        fix="score on batches without padding (batch size 1), or give mask=lambda batch: None to count all positions",
+    )
+
+
+def _mask_of(batch: Batch) -> Tensor | None:
+    found = batch.get(MASK) if isinstance(batch, Mapping) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _call(model: nn.Module, batch: Batch) -> object:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return type(value)(_moved(part, device) for part in value) if type(value) in (tuple, list) else value
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,82 @@
+"""Remembering a value for as long as the tensors that it was computed from are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+class Instant:
+    """A moment between two steps, equal to itself alone."""
+
+
+class Steps:
+    """Knows when any optimizer steps: fused ones change parameters without counting up their versions."""
+
+    def __init__(self) -> None:
+        self.now = Instant()
+
+    def taken(self, *_: Any) -> None:
+        """Runs after each step of any optimizer."""
+        # Not a number to count up: traced together with a compiled step, that would compile anew each time.
+        self.now = Instant()
+
+
+STEPS = Steps()
+"""One for the whole process, told by torch's own hook for all optimizers."""
+register_optimizer_step_post_hook(STEPS.taken)
+
+
+def state(tensors: Iterable[Tensor], *also: Hashable) -> tuple[Hashable, ...] | None:
+    """What changes whenever one of these tensors or of the values in `also` changes, or None if nothing would show it.
+
+    Memory, not address: a weak reference holds the identity of a tensor's memory, so that other memory that happens to
+    come to lie at the same address (after `.half()` and `.float()`, say) is not taken for it. What this cannot see is a
+    value written through `.data`, or by a fused optimizer: for parameters `STEPS.now` belongs in `also`.
+    """
+    if _get_current_dispatch_mode() is not None:
+        # A mode sees operations: those that record and replay (selective checkpointing) must see the same ones twice.
+        return None
+    try:
+        seen = tuple((_memory(t), t._version, t.storage_offset(), t.shape, t.stride(), t.dtype) for t in tensors)
+    except (RuntimeError, NotImplementedError):
+        # Tensors made in inference mode have no versions, those inside of torch.func's transforms no memory.
+        return None
+    return (*seen, *also)
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    reference: Hashable = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return reference
+
+
+class Memo:
+    """One value and the state for which it holds. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self._entry: tuple[tuple[Hashable, ...], Tensor] | None = None
+
+    def get(self, now: tuple[Hashable, ...] | None, compute: Callable[[], Tensor]) -> Tensor:
+        """The value remembered for the state `now`, or else a computed one, remembered unless `now` is None."""
+        entry = self._entry
+        if now is None:
+            return compute()
+        if entry is None or entry[0] != now:
+            # Made in inference mode it could not be used in training.
+            with torch.inference_mode(False):
+                entry = (now, compute())
+            self._entry = entry
+        return entry[1]
+
+    def clear(self) -> None:
+        """Forgets the value."""
+        self._entry = None
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        return Memo, ()

@@ -1,0 +1,159 @@
+"""The mathematics of AdaLoRA's schedule (see `adalora`), on plain tensors: budget, sensitivities, choice, penalty.
+
+Tensors of n sites of one shape are stacked, and seen by group of a grouped convolution (g = 1 anywhere else), with
+c = k / g triplets in each: P (n, g, out / g, c), Λ (n, g, c), Q (n, g, c, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafit.errors import TrainingError
+
+ROUNDS = 10
+"""In how many rounds the budget falls at least, if the run has as many steps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the budget falls, and how far. Steps count from 1; step t is over when the optimizer has stepped t times.
+
+    Args:
+        steps: T, the steps of the run.
+        warmup: t_i, the steps before the first pruning.
+        final: t_f, the steps after the last one.
+        interval: ΔT, the steps between two prunings.
+        start: b₀, the triplets of all sites together at the start.
+        end: b_T, the triplets that are left.
+
+    >>> plan = Plan(steps=100, warmup=10, final=20, interval=10, start=24, end=16)
+    >>> [plan.budget(t) for t in (0, 10, 20, 30, 50, 79, 80, 100)]
+    [24, 24, 21, 18, 16, 16, 16, 16]
+    >>> [t for t in range(101) if plan.prunes(t)]
+    [20, 30, 40, 50, 60, 70, 80]
+    """
+
+    steps: int
+    warmup: int
+    final: int
+    interval: int
+    start: int
+    end: int
+
+    @property
+    def last(self) -> int:
+        """T − t_f: the step with the last pruning."""
+        return self.steps - self.final
+
+    def budget(self, t: int) -> int:
+        """b(t), eq. 12, rounded down, in whole numbers so that no rounding error can take or add a triplet."""
+        if t <= self.warmup:
+            return self.start
+        if t >= self.last:
+            return self.end
+        left, length = self.last - t, self.last - self.warmup
+        return self.end + (self.start - self.end) * left**3 // length**3
+
+    def prunes(self, t: int) -> bool:
+        """Whether triplets are pruned after step t."""
+        return self.warmup < t <= self.last and (t % self.interval == 0 or t == self.last)
+
+
+def lengths(steps: int, warmup: float, final: float) -> tuple[int, int]:
+    """(t_i, t_f) of a run: whole numbers are steps, others fractions of the run, rounded down.
+
+    >>> lengths(24, 0.1, 0.2), lengths(100, 29, 0.29)
+    ((2, 4), (29, 29))
+    """
+    first, last = (each if isinstance(each, int) else int(each * steps + 1e-9) for each in (warmup, final))
+    return first, last
+
+
+def planned(steps: int, warmup: float, final: float, interval: int, start: int, end: int) -> Plan:
+    """The plan for a run of so many steps.
+
+    Args:
+        steps: T.
+        warmup: t_i in steps, or as a fraction of the run; `final`, t_f, likewise.
+        final: see warmup.
+        interval: ΔT, if the pruning phase has ten of them; else a tenth of that phase, so that a short run is pruned
+            little by little too.
+        start: b₀.
+        end: b_T.
+
+    Raises:
+        TrainingError: no step is left to prune in.
+
+    >>> [planned(steps, 0.1, 0.2, 10, 24, 16).interval for steps in (1000, 100, 24)]
+    [10, 7, 1]
+    """
+    first, last = lengths(steps, warmup, final)
+    between = steps - first - last
+    if between < 1:
+        raise TrainingError(
+            "the run is too short for AdaLoRA's warm-up and final phase: no step is left to prune in",
+            found=f"{steps} steps, of which {first} + {last}",
+            expected=f"at least {first + last + 1} steps",
+            where="AdaLoRA.warmup, AdaLoRA.final",
+            fix="warmup=0.1, final=0.2: fractions of the run",
+        )
+    return Plan(steps, first, last, min(interval, max(1, between // ROUNDS)), start, min(start, end))
+
+
+class Averages:
+    """Ī and Ū (eqs. 9 and 10) of every number in the triplets of some sites of one shape.
+
+    Args:
+        means: Ī by name in `TRIPLET`.
+        spreads: Ū by name.
+    """
+
+    def __init__(self, means: Mapping[str, Tensor], spreads: Mapping[str, Tensor]) -> None:
+        self.means = dict(means)
+        self.spreads = dict(spreads)
+
+    @classmethod
+    def zero(cls, like: Mapping[str, Tensor]) -> Averages:
+        """Averages of nothing yet."""
+        return cls(*({name: torch.zeros_like(each) for name, each in like.items()} for _ in range(2)))
+
+    def update(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], beta1: float, beta2: float
+    ) -> None:
+        """Takes in one step's sensitivities I = |w · ∂L/∂w| (eq. 8)."""
+        for name, mean in self.means.items():
+            sensitivity = (weights[name] * gradients[name]).abs_()
+            mean.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
+            self.spreads[name].mul_(beta2).add_(sensitivity.sub_(mean).abs_(), alpha=1 - beta2)
+
+    def scores(self) -> Tensor:
+        """S (eq. 7) of each triplet, (n, k): s(λ) + the mean of s over its column of P + that over its row of Q."""
+        s = {name: mean * self.spreads[name] for name, mean in self.means.items()}
+        return (s["lam"] + s["P"].mean(dim=2) + s["Q"].mean(dim=3)).flatten(1)
+
+
+def best(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
+    """Which triplets of each site, True, are among the `budget` best of all; of equal ones the earlier is better."""
+    flat = torch.cat([each.to(scores[0].device) for each in scores])
+    live = torch.zeros_like(flat, dtype=torch.bool)
+    live[torch.argsort(flat, descending=True, stable=True)[:budget]] = True
+    parts = torch.split(live, [len(each) for each in scores])
+    return [part.to(each.device) for part, each in zip(parts, scores, strict=True)]
+
+
+def orthogonality(columns: Tensor, live: Tensor | None) -> Tensor:
+    """The gradient of ‖XᵀX − I‖_F by X, for each of n sites: 2 X (XᵀX − I) / ‖XᵀX − I‖_F, and 0 where that norm is 0.
+
+    Args:
+        columns: (n, g, rows, c). The norm is that of the block-diagonal matrix which the g blocks are together.
+        live: (n, g, c), the columns that count; None for all.
+    """
+    x = columns if live is None else columns * live[:, :, None]
+    error = x.mT @ x
+    error.diagonal(dim1=-2, dim2=-1).sub_(1 if live is None else live.to(x.dtype))
+    norm = torch.linalg.vector_norm(error, dim=(1, 2, 3), keepdim=True)
+    return (x @ error).mul_(2 / norm.clamp_min(torch.finfo(norm.dtype).tiny))

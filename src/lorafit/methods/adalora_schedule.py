@@ -1,0 +1,216 @@
+"""The schedule of AdaLoRA (see `adalora`): what happens around every optimizer step, and what is kept of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.errors import LorafitWarning, TrainingError
+from lorafit.method import Schedule
+from lorafit.methods.adalora_budget import Averages, Plan, best, orthogonality, planned
+from lorafit.methods.adalora_triplets import TRIPLET, Triplets, alone, blocks, separable, shrink, survivors
+
+
+@dataclass(frozen=True)
+class Course:
+    """The settings of the schedule; names and meanings as in `AdaLoRA`."""
+
+    target_r: int
+    total_steps: int | None
+    warmup: float
+    final: float
+    interval: int
+    beta1: float
+    beta2: float
+    orthogonality: float
+
+
+class AdaLoRASchedule(Schedule):
+    """Scores the triplets, prunes them, and adds the penalty's gradient; see `adalora` for what they are.
+
+    Every decision follows from gradients and weights alone, which are the same in all processes of a distributed run.
+
+    Args:
+        course: the settings.
+        adapters: by path.
+    """
+
+    def __init__(self, course: Course, adapters: Mapping[str, Triplets]) -> None:
+        self._course = course
+        self._adapters = dict(adapters)
+        self._steps = course.total_steps
+        self._averages: dict[tuple[str, ...], Averages] = {}
+        self._live: dict[str, Tensor] = {}
+        self._ranks: dict[str, int] | None = None
+        self._seen = False
+        self.step = 0
+        self.plan: Plan | None = None
+        self.finished = False
+
+    def begin(self, total_steps: int | None) -> None:
+        if self.step == 0:  # one that was resumed goes on as it began
+            self._steps = total_steps if self._course.total_steps is None else self._course.total_steps
+            self._plan()
+
+    def _plan(self) -> None:
+        self.plan, m, start = None, self._course, sum(self._now().values())
+        if self._steps is not None:
+            end = m.target_r * len(self._adapters)
+            self.plan = planned(self._steps, m.warmup, m.final, m.interval, start, end)
+
+    def _now(self) -> dict[str, int]:
+        return {path: adapter.lam.shape[0] for path, adapter in self._adapters.items()}
+
+    @torch.no_grad()
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.step == 0 and self._ranks is None:
+            self._plan()  # again: values of another rank may have been loaded since
+        self._check()
+        for paths in self._alike({p: _sizes(a.parameters()) for p, a in self._adapters.items()}):
+            weights = {name: self._stack(paths, name, gradients=False) for name in TRIPLET}
+            if not self.finished:
+                gradients = {name: self._stack(paths, name, gradients=True) for name in TRIPLET}
+                if paths not in self._averages:
+                    self._averages[paths] = Averages.zero(weights)
+                self._averages[paths].update(weights, gradients, self._course.beta1, self._course.beta2)
+            if self._course.orthogonality:
+                self._penalise(paths, weights)
+
+    def _check(self) -> None:
+        if self.plan is None:
+            raise TrainingError(
+                "AdaLoRA's budget falls over the run, and nobody said how long the run is",
+                expected="the number of optimizer steps",
+                where="AdaLoRA.total_steps",
+                fix="handle.optimizer(..., total_steps=1000) or AdaLoRA(total_steps=1000)",
+            )
+        now = self._now()
+        if self._ranks not in (None, now):
+            assert self._ranks is not None
+            raise TrainingError(
+                "the adapters' ranks are not those of AdaLoRA's schedule",
+                found=f"{sum(now.values())} triplets at {len(now)} sites",
+                expected=f"{sum(self._ranks.values())} at {len(self._ranks)}",
+                fix="load the adapter and the optimizer from the same checkpoint",
+            )
+        self._ranks = now
+        parameters = [p for adapter in self._adapters.values() for p in adapter.parameters() if p.numel()]
+        self._seen = self._seen or not parameters or any(p.grad is not None for p in parameters)
+        if not self._seen:
+            raise TrainingError(
+                "AdaLoRA needs the gradients before the optimizer steps, and there are none",
+                found="a step that computes them itself (a closure), or a loss that reaches no adapter",
+                expected="loss.backward(), then optimizer.step()",
+                fix="call optimizer.step() without a closure; in Lightning: automatic_optimization = False",
+            )
+
+    def _alike(self, sizes: Mapping[str, object]) -> list[tuple[str, ...]]:
+        """The paths of the sites by shape: sites of one shape are worked on together."""
+        kinds: dict[tuple[object, ...], list[str]] = {}
+        for path, adapter in self._adapters.items():
+            if path in sizes:
+                key = (sizes[path], adapter.groups, adapter.lam.device, adapter.lam.dtype)
+                kinds.setdefault(key, []).append(path)
+        return [tuple(paths) for paths in kinds.values()]
+
+    def _stack(self, paths: tuple[str, ...], name: str, *, gradients: bool) -> Tensor:
+        tensors = []
+        for adapter in (self._adapters[path] for path in paths):
+            tensor: Tensor = adapter.get_parameter(name)
+            if gradients:  # a site that no data reached has none: its gradient is 0
+                tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            tensors.append(blocks(tensor, adapter.groups))
+        return torch.stack(tensors)
+
+    def _penalise(self, paths: tuple[str, ...], weights: Mapping[str, Tensor]) -> None:
+        live = torch.stack([self._live[path] for path in paths]).view_as(weights["lam"]) if self._live else None
+        gradients = {"P": orthogonality(weights["P"], live), "Q": orthogonality(weights["Q"].mT, live).mT}
+        for name, stacked in gradients.items():
+            scaled = stacked.contiguous() * (self._course.orthogonality / len(self._adapters))
+            for path, each in zip(paths, scaled, strict=True):
+                parameter = self._adapters[path].get_parameter(name)
+                part = each.view(parameter.shape)
+                parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.plan is not None
+        self.step += 1
+        if not self.finished and self.plan.prunes(self.step):
+            scores = {p: s for paths, each in self._averages.items() for p, s in zip(paths, each.scores(), strict=True)}
+            chosen = best([scores[path] for path in self._adapters], self.plan.budget(self.step))
+            live = dict(zip(self._adapters, chosen, strict=True))
+            self._hold(live)
+            if self.step == self.plan.last:
+                self.finished, self._averages, self._live = True, {}, live
+                self._remove(optimizer)
+        self._hold(self._live)
+
+    def _hold(self, live: Mapping[str, Tensor]) -> None:
+        for path, each in live.items():
+            self._adapters[path].lam.masked_fill_(~each, 0)
+
+    def _remove(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for adapter in self._adapters.values() for p in adapter.parameters()]
+        if not alone():
+            return
+        if not all(separable(optimizer, parameter) for parameter in parameters):
+            warnings.warn(
+                f"{type(optimizer).__name__} holds values for whole blocks of a parameter: AdaLoRA keeps the pruned "
+                "triplets, with λ = 0; the result is the same, but the last steps are not faster",
+                LorafitWarning,
+                stacklevel=2,
+            )
+            return
+        for path, adapter in self._adapters.items():
+            index, self._live[path] = survivors(self._live[path], adapter.groups)
+            for name, parameter in adapter.named_parameters():
+                shrink(parameter, name, index, optimizer)
+        if all(bool(each.all()) for each in self._live.values()):
+            self._live = {}
+        self._ranks = self._now()
+
+    def state_dict(self) -> dict[str, Any]:
+        averages: dict[str, Any] = {}
+        for paths, each in self._averages.items():
+            for i, path in enumerate(paths):
+                averages[path] = {n: [each.means[n][i].clone(), each.spreads[n][i].clone()] for n in TRIPLET}
+        return {
+            "step": self.step,
+            "finished": self.finished,
+            "plan": {} if self.plan is None else asdict(self.plan),
+            "ranks": self._now() if self._ranks is None else dict(self._ranks),
+            "averages": averages,
+            "live": {path: each.clone() for path, each in self._live.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.finished, self._ranks = state["step"], state["finished"], dict(state["ranks"])
+        if state["plan"]:
+            self.plan = Plan(**state["plan"])
+        saved, self._averages = state["averages"], {}
+        for paths in self._alike({path: _sizes(saved[path][name][0] for name in TRIPLET) for path in saved}):
+            like = self._adapters[paths[0]].lam
+            means, spreads = (
+                {n: torch.stack([saved[path][n][i].to(like) for path in paths]) for n in TRIPLET} for i in range(2)
+            )
+            self._averages[paths] = Averages(means, spreads)
+        self._live = {
+            p: each.to(self._adapters[p].lam.device) for p, each in state["live"].items() if p in self._adapters
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """The step, the budget at it, the steps between two prunings, and how many λ are not 0 at each site."""
+        counts = [torch.count_nonzero(adapter.lam.detach()).cpu() for adapter in self._adapters.values()]
+        plan = {} if self.plan is None else {"budget": self.plan.budget(self.step), "interval": self.plan.interval}
+        ranks = dict(zip(self._adapters, torch.stack(counts).tolist() if counts else (), strict=True))
+        return {"step": self.step, **plan, "ranks": ranks}
+
+
+def _sizes(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(size for each in tensors for size in each.shape)

@@ -1,0 +1,170 @@
+"""The exact state of an adapter for training checkpoints: every tensor as it is, whatever its file would hold.
+
+An adapter's file says what the adapter computes, so that others can read it; this says all that a run needs to go on
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorafit import files
+from lorafit.errors import CheckpointError, StateError, nearest, some
+from lorafit.handle import Handle
+from lorafit.method import Adapter
+
+STATE = "lorafit_state.safetensors"
+SETTINGS = "settings"
+MARK = "|"
+"""Stands between a module's path and the name of a tensor there."""
+
+
+def save_state(handle: Handle, folder: str | Path) -> Path:
+    """Writes every tensor of an adapter into `folder`, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+        StateError: a layer was replaced after attaching.
+    """
+    handle.check_sites("save")
+    tensors = {
+        f"{path}{MARK}{key}": value.detach().to("cpu").contiguous().clone()
+        for path, entry in handle.entries().items()
+        for key, value in entry.state_dict().items()
+    }
+    path = Path(folder) / STATE
+    metadata = {"format": "pt", SETTINGS: json.dumps(_settings(handle))}
+    files.commit(files.stage(path, lambda temporary: _fill(temporary, tensors, metadata)), path)
+    return path
+
+
+def load_state(handle: Handle, folder: str | Path) -> None:
+    """Overwrites an attached adapter's tensors with those that `save_state` wrote, or changes nothing.
+
+    Raises:
+        CheckpointError: the file is damaged, or of an adapter with other sites, ranks or scales.
+        StateError: a layer was replaced after attaching, or the adapter is merged.
+    """
+    handle.check_sites("reload")
+    if handle.merged:
+        raise StateError(f"adapter {handle.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
+    path = Path(folder) / STATE
+    saved, settings = _read(path)
+    _check_settings(settings, _settings(handle), path)
+    values = _by_entry(saved, handle, path)
+    resized = [_check_entry(entry, values.get(key, {}), f"{path}: {key}") for key, entry in handle.entries().items()]
+    for (key, entry), shapes in zip(handle.entries().items(), resized, strict=True):
+        if shapes:
+            assert isinstance(entry, Adapter)
+            entry.resize(shapes)
+        own = entry.state_dict()
+        with torch.no_grad():
+            for name, value in values.get(key, {}).items():
+                own[name].copy_(value)
+
+
+def _settings(handle: Handle) -> dict[str, list[object]]:
+    found = {path: list(handle.method_at(path).adapter_settings()) for path in handle.sites}
+    plain: dict[str, list[object]] = json.loads(json.dumps(found))
+    return plain
+
+
+def _fill(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # its way of passing on what the system said: disk full, quota, file too large
+        raise OSError(str(error)) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[object]]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
+        settings: dict[str, list[object]] = json.loads(metadata[SETTINGS])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "the state of the adapter is missing or damaged",
+            where=path,
+            found=str(error),
+            expected="the file that a training checkpoint has",
+            fix="go on from an earlier checkpoint",
+        ) from None
+    return tensors, settings
+
+
+def _check_settings(saved: Mapping[str, object], own: Mapping[str, object], path: Path) -> None:
+    if saved.keys() != own.keys():
+        different = sorted(saved.keys() ^ own.keys())
+        raise CheckpointError(
+            "the folder's adapter sits in other layers than the attached one",
+            where=path,
+            found=f"{len(saved)} sites; different: {some(different, 3)}",
+            expected=f"{len(own)} sites",
+            fix="attach with the settings of the saved run",
+        )
+    for key, value in own.items():
+        if saved[key] != value:
+            raise CheckpointError(
+                "the folder's adapter has other settings than the attached one",
+                where=f"{path}: {key}",
+                found=saved[key],
+                expected=value,
+                fix="attach with the settings of the saved run",
+            )
+
+
+def _by_entry(saved: Mapping[str, Tensor], handle: Handle, path: Path) -> dict[str, dict[str, Tensor]]:
+    entries = handle.entries()
+    values: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        place, _, name = key.rpartition(MARK)
+        if place not in entries:
+            raise CheckpointError(
+                "the folder's adapter sits in other layers than the attached one",
+                where=f"{path}: {key}",
+                found=place,
+                expected="a layer of the attached adapter",
+                near=nearest(place, entries),
+                fix="attach with the settings of the saved run",
+            )
+        values.setdefault(place, {})[name] = value
+    return values
+
+
+def _check_entry(entry: nn.Module, values: Mapping[str, Tensor], where: str) -> dict[str, torch.Size]:
+    """The shapes that an entry must take on before these values fit; empty where they fit already."""
+    own = entry.state_dict()
+    if own.keys() != values.keys():
+        different = sorted(own.keys() ^ values.keys())
+        raise CheckpointError(
+            "the folder's adapter has other tensors than the attached one",
+            where=where,
+            found=some(sorted(values)) or "none",
+            expected=some(sorted(own)),
+            fix=f"attach with the settings of the saved run (different: {some(different, 3)})",
+        )
+    if all(own[key].shape == value.shape for key, value in values.items()):
+        return {}
+    shapes = {key: value.shape for key, value in values.items()}
+    try:
+        if not isinstance(entry, Adapter):
+            raise ValueError("a module of this size was not attached")
+        copy.deepcopy(entry).resize(shapes)
+    except ValueError as error:
+        raise CheckpointError(
+            "the folder's adapter has tensors of other shapes than the attached one",
+            where=where,
+            found={key: tuple(shape) for key, shape in shapes.items()},
+            expected={key: tuple(value.shape) for key, value in own.items()},
+            fix=f"attach with the settings of the saved run ({error})",
+        ) from None
+    return shapes
