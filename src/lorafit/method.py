@@ -211,8 +211,8 @@ class Method(ABC):
         """Names of the trained matrices that end in the layer's output, LoRA's B; empty where there are none."""
         return ()
 
-    def rate(self) -> float:
-        """A good learning rate relative to LoRA's; where it was measured stands with the method."""
+    def rate(self, shapes: Iterable[Shape | tuple[int, int]]) -> float:
+        """A good learning rate for sites of these shapes, relative to LoRA's; where it was measured is said there."""
         return 1.0
 
     def evidence(self) -> Evidence | None:
@@ -278,8 +278,8 @@ class Around(Method):
     def ups(self) -> tuple[str, ...]:
         return self.within.ups()
 
-    def rate(self) -> float:
-        return self.within.rate()
+    def rate(self, shapes: Iterable[Shape | tuple[int, int]]) -> float:
+        return self.within.rate(shapes)
 
     def evidence(self) -> Evidence | None:
         return self.within.evidence()

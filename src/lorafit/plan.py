@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -46,6 +46,15 @@ class Modules:
                 modules.by_path[path] = module
                 modules.parents[path] = parent
         return modules
+
+    def sites(self, paths: Iterable[str]) -> list[Site]:
+        """The sites at these paths, each of a layer of a known type."""
+        found = []
+        for path in paths:
+            kind = site_class(plain_class(self.by_path[path]))
+            assert kind is not None
+            found.append(kind(self.by_path[path]))
+        return found
 
     def known(self) -> list[str]:
         """The paths of layers of a known type."""
@@ -308,12 +317,8 @@ def plan(
 
 def shared_weights(model: nn.Module, paths: Sequence[str], modules: Modules) -> dict[str, tuple[str, ...]]:
     """Path → names of other parameters that are the same memory as the layer's weight, for those that have any."""
-    rows = []
-    for path in paths:
-        module = modules.by_path[path]
-        kind = site_class(plain_class(module))
-        assert kind is not None
-        rows.append((path, module, kind(module).raw_weight))
+    sites = zip(paths, modules.sites(paths), strict=True)
+    rows = [(path, site.module, site.raw_weight) for path, site in sites]
     return {path: tuple(names) for path, names in shared_memory(model, rows).items()}
 
 

@@ -158,7 +158,12 @@ def test_a_pruned_adalora_comes_back(tmp_path) -> None:
 
 
 def test_ranks_and_alphas_of_single_sites_come_back(tmp_path) -> None:
-    for method in (lf.LoRA(r=2), lf.LoRA(r=2, init="pissa", rslora=True), lf.DoRA(lf.LoRAFA(r=2)), lf.DeltaLoRA(r=2)):
+    for method in (
+        lf.LoRA(r=2, alpha=4),
+        lf.LoRA(r=2, init="pissa", rslora=True),
+        lf.DoRA(lf.LoRAFA(r=2)),
+        lf.DeltaLoRA(r=2),
+    ):
         options: dict[str, Any] = {"rank_pattern": {"a": 3, "b": 1}, "alpha_pattern": {"b": 7.5, "c": 0.3}}
         handle, folder = saved(method, tmp_path / method.name, **options)
         comes_back(handle, lf.load(network(), folder, trainable=True), folder, torch.randn(2, 6))

@@ -718,7 +718,7 @@ def test_what_is_passed_on_to_the_inner_method():
     assert method.at(r=2) == DoRA(LoRA(r=2, alpha=4, dropout=0.1))
     assert method.settings() == {"inner": "lora", **method.inner.settings()}
     assert method.adapter_settings() == ("dora", *method.inner.adapter_settings())
-    assert method.ups() == ("B",) and method.rate() == 1.0 and method.schedule({}) is None
+    assert method.ups() == ("B",) and method.rate([]) == 1.0 and method.schedule({}) is None
     too_large = Spot("x", Shape(4, 3), lambda: torch.zeros(4, 3), method)
     assert "larger than the layer" in method.wasteful(too_large)
     uneven = Spot("x", Shape(9, 3, groups=3), lambda: torch.zeros(9, 3), method)

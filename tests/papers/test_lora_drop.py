@@ -27,7 +27,7 @@ from lorafit.methods.lora_drop import BorrowingAdapter, LoRADrop
 from lorafit.methods.lora_plus import LoRAPlus
 from lorafit.methods.vera import VeRA
 
-TRIAL = LoRADrop(LoRA(r=2))
+TRIAL = LoRADrop(LoRA(r=2), per_kind=False)
 PATHS = ["0.q", "0.v", "0.up", "1.q", "1.v", "1.up"]
 
 

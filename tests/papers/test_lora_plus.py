@@ -349,7 +349,7 @@ def test_defaults():
     assert list(method.settings()) == ["ratio", *LoRA().settings()] and method.settings()["ratio"] == 4.0
     around = LoRAPlus(inner=DoRA(inner=LoRA(r=4)), ratio=2.0)
     assert list(around.settings().items())[:3] == [("ratio", 2.0), ("inner", "dora around lora"), ("r", 4)]
-    assert method.ups() == ("B",) and method.rate() == 1.0
+    assert method.ups() == ("B",) and method.rate([]) == 1.0
     assert LoRAPlus(inner=AdaLoRA()).ups() == AdaLoRA().ups() == ("P",)
     for each in (method, around):
         assert pickle.loads(pickle.dumps(each)) == each and hash(each) == hash(pickle.loads(pickle.dumps(each)))

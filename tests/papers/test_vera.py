@@ -475,7 +475,7 @@ def test_defaults():
     method = VeRA()
     assert method.settings() == {"r": 256, "d_init": 0.1, "save_projection": True, "dropout": 0.0}
     assert method.adapter_settings() == VeRA(d_init=0.3).adapter_settings() != VeRA(r=128).adapter_settings()
-    assert method.ups() == () and method.rate() == 10.0 and method.schedule({}) is None and method.evidence() is None
+    assert method.ups() == () and method.rate([]) == 50.0 and method.schedule({}) is None and method.evidence() is None
     assert VeRA(d_init=-1).d_init == -1
     assert pickle.loads(pickle.dumps(method)) == method and hash(method) == hash(VeRA())
     with pytest.raises(FrozenInstanceError):

@@ -92,7 +92,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_a_run_keeps_what_matters_and_tells_it(run: Run, tmp_path: Path, model_dir: Path) -> None:
-    outcome = run()
+    outcome = run(per_kind=False)
     assert outcome.status == "done" and outcome.eval_before is not None and outcome.eval_after is not None
     assert outcome.eval_after < outcome.eval_before - 0.1
     (drop,) = records(outcome.folder.path, "drop")
@@ -219,7 +219,7 @@ def test_the_trial_leaves_model_and_generators_as_they_were(
     [
         {"rest": "freeze"},
         {"inner": "dora"},
-        {"per_kind": True},
+        {"per_kind": False},
         {"targets": ["lm_head", "q_proj", "embed_tokens"]},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"rank_pattern": {"layers.0.mlp.up_proj": 2}, "modules_to_save": ["norm"]},

@@ -81,8 +81,6 @@ def test_a_run_learns_and_a_killed_one_ends_the_same(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    rate = 1e-2 if case["method"] == "intrinsic" else None  # a tiny model's is not a large one's
-    case = {**case, **({} if rate is None else {"learning_rate": rate})}
     whole = run("whole", **case)
     assert whole.status == "done" and whole.eval_after < whole.eval_before  # type: ignore[operator]
     original = AdapterTrainer.training_step

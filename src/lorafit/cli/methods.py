@@ -58,7 +58,6 @@ def shapes_of(model: str) -> list[Shape]:
 
     from lorafit.cli.quiet import quiet
     from lorafit.errors import ConfigError
-    from lorafit.layers import site_class
     from lorafit.plan import Modules, all_linear
     from lorafit.training.models import locate
 
@@ -74,10 +73,4 @@ def shapes_of(model: str) -> list[Shape]:
             fix="name a model directory, or a hub name that can be reached",
         ) from error
     modules = Modules.of(empty)
-    shapes = []
-    for path in all_linear(modules):
-        module = modules.by_path[path]
-        kind = site_class(type(module))
-        assert kind is not None
-        shapes.append(kind(module).shape)
-    return shapes
+    return [site.shape for site in modules.sites(all_linear(modules))]

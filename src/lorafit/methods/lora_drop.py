@@ -18,11 +18,11 @@ Trained: A and B of every kept site, and one pair for all other sites of a shape
 LoRA over the kept sites plus one site of each shape of the others (`LoRADrop.count`). Init: the inner method's; an
 initialiser that looks at the weight sees, for a shared pair, that of the first site. Schedule: the inner one's.
 
-Deviations. The paper prunes query and value matrices apart, here all sites compete unless `per_kind`. Its code is not
-published. `rest="freeze"` is not in the paper: the sites stay as they are, and backward ends at the lowest kept one.
-Sites share only what is equal in shape, device and inner method. Around DoRA the low-rank part is shared and every
-site has its own m. Another method of the name LoRA-drop (it leaves out layers while decoding) has nothing to do with
-this one. In PEFT's files: plain LoRA (or DoRA); a shared pair stands under every site that uses it.
+Deviations. The paper's code is not published. `rest="freeze"` is not in the paper: the sites stay as they are, and
+backward ends at the lowest kept one. Sites share only what is equal in shape, device and inner method. Around DoRA the
+low-rank part is shared and every site has its own m. Another method of the name LoRA-drop (it leaves out layers while
+decoding) has nothing to do with this one.
+In PEFT's files: plain LoRA (or DoRA); a shared pair stands under every site that uses it.
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ class LoRADrop(Around):
         threshold: T, the share of the importance that the kept sites have together, in (0, 1]; 1 keeps all.
         sample: share of the training data that the trial run sees, in (0, 1].
         rest: the sites that are not kept "share" one adapter for each shape, or "freeze" as they are.
-        per_kind: choose among the sites of each kind (the last part of the path) apart.
+        per_kind: choose among the sites of each kind (the last part of the path) apart, as the paper does for query and
+            value; all together, kinds whose inputs are large (the down projections of Llama types) would take all.
         keep: paths of the sites that have adapters of their own; None while that is not known.
 
     Raises:
         ConfigError: for a value out of range; the message names the field and one fix.
 
-    >>> method = LoRADrop(LoRA(r=8), threshold=0.8)
+    >>> method = LoRADrop(LoRA(r=8), threshold=0.8, per_kind=False)
     >>> method.chosen({"a.q": 0.5, "a.v": 0.1, "b.q": 0.3, "b.v": 0.1}).keep
     ('a.q', 'b.q')
     """
@@ -99,7 +100,7 @@ class LoRADrop(Around):
     threshold: float = 0.9
     sample: float = 0.1
     rest: Literal["share", "freeze"] = "share"
-    per_kind: bool = False
+    per_kind: bool = True
     keep: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from lorafit.training.folder import FREE, FREE_TRAINING, RunFolder
 from lorafit.training.objectives import NextToken
 from lorafit.training.prepare import Task, training_arguments
 from lorafit.training.record import Recorder
-from lorafit.training.trainer import AdapterTrainer
+from lorafit.training.trainer import AdapterTrainer, planned_steps, records_per_step
 
 Notify: TypeAlias = Callable[[str], object]
 
@@ -130,10 +130,11 @@ class Trial:
         return Choice(scores, list(kept), dict(shared), drop.rest, drop.threshold, len(records), steps)
 
     def _sample(self, share: float) -> list[Any]:
-        """The records of the trial: a share of the training data, at least those of one step."""
+        """The records of the trial: a share of the training data, from one step's to half of the run's."""
         records, arguments = self.task.data.train, self.arguments
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        count = min(len(records), max(step, math.ceil(share * len(records))))
+        step = records_per_step(arguments)
+        most = step * max(1, planned_steps(arguments, len(records)) // 2)  # a trial is not to outlast the run
+        count = min(len(records), max(step, min(most, math.ceil(share * len(records)))))
         generator = torch.Generator().manual_seed(self.settings.seed)
         places = sorted(torch.randperm(len(records), generator=generator)[:count].tolist())
         return [records[place] for place in places]

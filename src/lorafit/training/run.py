@@ -18,8 +18,10 @@ from transformers.trainer_callback import ProgressCallback
 from lorafit import files
 from lorafit.handle import Handle
 from lorafit.inject import attach
+from lorafit.layers import Shape
 from lorafit.method import Method, Sample
 from lorafit.methods import build
+from lorafit.plan import Modules, choose, saved_paths
 from lorafit.training.answers import answers
 from lorafit.training.callbacks import Bar, Interrupt, Recording
 from lorafit.training.config import Settings
@@ -149,11 +151,11 @@ class _Run:
         self.folder.check_data(task.fingerprint)
         method = build(self.settings.method, self.settings.method_options)
         if "learning_rate" not in self.settings.training:
-            width = task.model.config.get_text_config().hidden_size
-            arguments.learning_rate = default_rate(width) * method.rate()
-            times = "" if method.rate() == 1 else f" times {method.rate():g} for {method.name}"
+            width, times = task.model.config.get_text_config().hidden_size, method.rate(self._shapes(task))
+            arguments.learning_rate = default_rate(width) * times
+            factor = "" if times == 1 else f" times {times:.3g} for {method.name}"
             self.notify(
-                f"learning rate {arguments.learning_rate:.2g}, from the model's width{times}; --learning-rate sets it"
+                f"learning rate {arguments.learning_rate:.2g}, from the model's width{factor}; --learning-rate sets it"
             )
         trial = Trial(
             task, self.settings, arguments, lambda method: self._attach(task, method), self.notify, self.console
@@ -190,6 +192,13 @@ class _Run:
             seed=settings.seed,
             sample=None if method.evidence() is None else self._sample(task),
         )
+
+    def _shapes(self, task: Task) -> list[Shape]:
+        """The shapes of the layers that `_attach` will adapt."""
+        modules = Modules.of(task.model)
+        saved = saved_paths(modules, [*self.settings.modules_to_save, *task.head])
+        paths = choose(task.model, modules, self.settings.targets, self.settings.exclude, saved)
+        return [site.shape for site in modules.sites(paths)]
 
     def _sample(self, task: Task) -> Sample:
         """A few batches of the training data, evenly chosen, for methods that look at data first."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from lorafit import files
 from lorafit.errors import CheckpointError, TrainingError
@@ -64,6 +64,21 @@ class Meter:
         self.tokens = self.supervised = 0
         self.seconds = 0.0
         return figures
+
+
+def records_per_step(arguments: TrainingArguments) -> int:
+    """Records that go into one optimizer step, over all processes."""
+    return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
+
+
+def planned_steps(arguments: TrainingArguments, records: int) -> int:
+    """Optimizer steps of a whole run on so many records."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    batches = math.ceil(records / (arguments.train_batch_size * arguments.world_size))
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps: int = math.ceil(per_epoch * arguments.num_train_epochs)
+    return steps
 
 
 class AdapterTrainer(Trainer):
@@ -185,16 +200,11 @@ class AdapterTrainer(Trainer):
 
     def records_per_step(self) -> int:
         """Records that go into one optimizer step, over all processes."""
-        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
+        return records_per_step(self.args)
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
-        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-        steps: int = math.ceil(per_epoch * self.args.num_train_epochs)
-        return steps
+        return planned_steps(self.args, len(self._lengths))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return LengthBucketSampler(self._lengths, self.args.train_batch_size, self.args.seed)

@@ -12,6 +12,7 @@ from torch import nn
 
 import lorafit as lf
 from lorafit.layers import Shape
+from lorafit.method import Spot
 from lorafit.methods.initialisers import INITIALISERS
 
 
@@ -84,18 +85,23 @@ def test_the_counts_of_the_literature(model, r, sites, expected):
     assert lf.LoRA(r=r).num_trainable(sites) == expected, model
 
 
-@pytest.mark.parametrize("init", list(INITIALISERS))
+def drawn_by(init: str, shape: Shape, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    spot = Spot("layer", shape, lambda: torch.zeros(shape.out, shape.inn), lf.LoRA(r=r))
+    return INITIALISERS[init].draw(spot, r, 2.0, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian"])  # of the others: tests/papers/test_initialisers.py
 @pytest.mark.parametrize(
     "shape", [Shape(48, 64), Shape(32, 64, lookup=True), Shape(48, 27, groups=4)], ids=["matrix", "lookup", "grouped"]
 )
 def test_initial_values(init, shape):
     r = 16
-    a, b = INITIALISERS[init](shape, r, torch.Generator().manual_seed(1))
+    a, b = drawn_by(init, shape, r, 1)
     assert a.shape == (r, shape.inn) and b.shape == (shape.out, r // shape.groups)
     assert a.dtype == b.dtype == torch.float32
     drawn, zero = (b, a) if shape.lookup else (a, b)
     assert not zero.any() and drawn.any(dim=-1).all()
-    again = INITIALISERS[init](shape, r, torch.Generator().manual_seed(1))
+    again = drawn_by(init, shape, r, 1)
     assert torch.equal(a, again[0]) and torch.equal(b, again[1])
     deviation = drawn.std().item()
     if init == "gaussian":
@@ -108,7 +114,7 @@ def test_initial_values(init, shape):
 
 
 def test_the_default_start_is_torchs_own_for_a_linear_layer():
-    a, _ = INITIALISERS["default"](Shape(7, 12), 5, torch.Generator().manual_seed(3))
+    a, _ = drawn_by("default", Shape(7, 12), 5, 3)
     expected = torch.empty(5, 12)
     nn.init.kaiming_uniform_(expected, a=math.sqrt(5), generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(a, expected)
@@ -163,3 +169,40 @@ def test_the_table_of_methods():
         lf.METHODS["other"] = lf.LoRA
     for method in lf.METHODS.values():
         assert method.paper and method.trains and issubclass(method, lf.Method)
+
+
+def test_at_the_start_the_change_is_zero_and_b_alone_has_a_gradient():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 5))
+    handle = lf.attach(layer, lf.LoRA(r=3), seed=0)
+    assert not handle.delta("0").any()
+    layer(torch.randn(4, 6)).square().sum().backward()
+    adapter = handle.adapter("0")
+    assert not adapter.A.grad.any() and adapter.B.grad.any()
+
+
+def test_gradients_are_those_of_the_paper():
+    """dL/dB = s G Aᵀ and dL/dA = s Bᵀ G, with G = dL/dW of the layer whose weight is W + s B A."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 5).double())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    handle = lf.attach(layer, lf.LoRA(r=3, alpha=5.0), seed=0)
+    adapter, s = handle.adapter("0"), 5.0 / 3
+    nn.init.normal_(adapter.B)
+    layer(x).sin().sum().backward()
+    w = (layer[0].weight + handle.delta("0")).detach().requires_grad_()
+    nn.functional.linear(x, w, layer[0].bias).sin().sum().backward()
+    torch.testing.assert_close(adapter.B.grad, s * w.grad @ adapter.A.T)
+    torch.testing.assert_close(adapter.A.grad, s * adapter.B.T @ w.grad)
+
+
+def test_concatenated_adapters_add_up_exactly():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 5).double())
+    handles = [lf.attach(layer, lf.LoRA(r=r), name=name, seed=r) for name, r in (("one", 1), ("two", 3))]
+    for handle in handles:
+        nn.init.normal_(handle.adapter("0").B)
+    total = sum(handle.delta("0") for handle in handles)
+    both = lf.combine(handles[0], {"one": 1.0, "two": 1.0}, name="both")
+    assert both.adapter("0").A.shape[0] == 4
+    torch.testing.assert_close(both.delta("0"), total, rtol=1e-14, atol=1e-14)
