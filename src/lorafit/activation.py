@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lorafit.adapted import banks, check_together
+from lorafit.adapted import bank_of, banks, check_together, rescales, walk
 from lorafit.errors import StateError, nearest, some
 
 
@@ -38,5 +38,33 @@ def activate(model: nn.Module, known: Sequence[str], names: str | Sequence[str] 
                     expected=f"a choice with {name!r} in it",
                     fix="unmerge it first; disabled() of its own handle takes it out for a while",
                 )
+    check_unscaled(((path, module) for path, module, _ in walk(model)), chosen)
     for bank in banks(model):
         bank.set(active=chosen)
+
+
+def check_settled(lifted: str | None) -> None:
+    """Raises `StateError` while a merged adapter is out of the weights and will be put back into them."""
+    if lifted is not None:
+        raise StateError(
+            f"inside disabled(): adapter {lifted!r} is merged, and comes back into the weights at its end",
+            expected="nothing merged, unmerged or detached until then",
+            fix="leave the with block first",
+        )
+
+
+def check_unscaled(modules: Iterable[tuple[str, nn.Module]], names: Sequence[str]) -> None:
+    """Raises `StateError` for an adapter that rescales W + Δ (DoRA) where another one is merged into W now."""
+    for path, module in modules:
+        bank = bank_of(module)
+        if bank is None or not bank.merged:
+            continue
+        for name in names:
+            if name not in bank.merged and rescales(module, name):
+                raise StateError(
+                    f"adapter {name!r} rescales the rows of W + Δ (DoRA), and another one is merged into W now",
+                    where=path,
+                    found=f"{bank.merged[0]!r}, merged",
+                    expected="the base's weight",
+                    fix=f"unmerge {bank.merged[0]!r} first",
+                )

@@ -7,14 +7,17 @@ hooks are untouched. Generated classes are cached per base class, and pickle and
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lorafit.errors import StateError, some
+from lorafit.kernels import autocasts
 from lorafit.layers import Acting, Site, site_class
 from lorafit.method import Adapter
 
@@ -104,9 +107,49 @@ def replaced(base: ModuleClass) -> ModuleClass:
         bank = self.adapters
         if not bank.acting:
             return base.forward(self, *args, **kwargs)
-        return bank[bank.acting[0]](*args, **kwargs)
+        entry = bank[bank.acting[0]]
+        raised = _raised(self, entry)
+        if raised is None:
+            return entry(*args, **kwargs)
+        low, high, back = raised
+        args, kwargs = _cast(args, low, high), _cast(kwargs, low, high)
+        return _cast(entry(*args, **kwargs), high, back)
 
     return _generate("Replaced", base, forward, replaced)
+
+
+def _raised(module: nn.Module, entry: nn.Module) -> tuple[torch.dtype, torch.dtype, torch.dtype] | None:
+    """The module's type, its copy's, and that of what the module puts out; None where there is nothing to cast."""
+    found = None
+    for (_, own, _), (_, other, _) in zip(walk(module), walk(entry), strict=False):
+        for mine, its in zip(own._parameters.values(), other._parameters.values(), strict=False):
+            if mine is None or its is None:
+                continue
+            if mine.dtype != its.dtype:
+                if autocasts(its.device.type):
+                    return None
+                found = (mine.dtype, its.dtype, mine.dtype)
+            elif found is not None:  # a module of several types: the last parameter says what comes out
+                found = (*found[:2], mine.dtype)
+    return found
+
+
+def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    """Tensors of type `before` as `after`, in tuples, lists and mappings too; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(after) if value.dtype == before else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(each, before, after) for each in value)
+    if type(value) is dict:
+        return {key: _cast(each, before, after) for key, each in value.items()}
+    if isinstance(value, tuple) and "_fields" in vars(type(value)):  # a named one
+        return type(value)(*(_cast(each, before, after) for each in value))
+    if isinstance(value, OrderedDict):  # and what transformers returns, which keeps its attributes in step
+        changed = copy.copy(value)
+        for key, each in value.items():
+            changed[key] = _cast(each, before, after)
+        return changed
+    return value
 
 
 def _generate(label: str, base: ModuleClass, forward: Callable[..., Any], make: Generator) -> ModuleClass:
@@ -143,6 +186,16 @@ def bank_of(module: nn.Module) -> Bank | None:
     """The module's bank, or None for a module that is not adapted."""
     bank = module._modules.get(BANK)
     return bank if isinstance(bank, Bank) else None
+
+
+def rescales(module: nn.Module, name: str) -> bool:
+    """Whether the module has an adapter of this name with a gain: what that one changes depends on what W is."""
+    bank, kind = bank_of(module), site_class(plain_class(module))
+    adapter = None if bank is None or name not in bank else bank[name]
+    if kind is None or not isinstance(adapter, Adapter):
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        return adapter.update(kind(module).weight).gain is not None
 
 
 def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> None:
@@ -209,6 +262,16 @@ def plain_copy(module: nn.Module) -> nn.Module:
         if bank_of(inner) is not None:
             inner.__class__ = plain_class(inner)
             del inner._modules[BANK]
+    return copied
+
+
+def trained_copy(module: nn.Module) -> nn.Module:
+    """A plain copy with numbers that can be trained: of at least single precision, as adapters are."""
+    copied = plain_copy(module)
+    with torch.no_grad():
+        for tensor in [*copied.parameters(), *copied.buffers()]:
+            if tensor.is_floating_point():
+                tensor.data = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return copied
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lorafit import store
@@ -47,7 +48,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable
         TargetError: the model has a layer that cannot be adapted in place.
     """
     check_model(model)
-    ready = fitted(model, path, name)
+    with torch.inference_mode(False):  # what inference mode makes could never be trained
+        ready = fitted(model, path, name)
     check_name(model, ready.method, name)
     for note in ready.notes:
         warnings.warn(note, LorafitWarning, stacklevel=2)

@@ -90,17 +90,18 @@ def combine(
             near=nearest(unknown[0], names),
             fix="attach or load it first",
         )
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = validate.generator("combine.seed", seed)
     made: dict[str, Squeezed] = {}
     sites: dict[str, Site] = {}
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could never be trained
         for path, site, parts in _sites(model, weights):
             sites[path] = site
             made[path] = _combined(path, site, parts, how, r, density or DENSITY.get(how, 1.0), generator)
     if not made:
         raise StateError("none of these adapters has a site", found=some(map(repr, weights)), fix="choose others")
     _say(made, how)
-    return _attached(model, sites, made, name)
+    with torch.inference_mode(False):
+        return _attached(model, sites, made, name)
 
 
 def _attached(model: torch.nn.Module, sites: Mapping[str, Site], made: Mapping[str, Squeezed], name: str) -> Handle:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit import store
-from lorafit.adapted import plain_copy
+from lorafit.adapted import trained_copy
 from lorafit.card import plain_card
 from lorafit.checkpoint import Ready, fitted
 from lorafit.compress import NOTICED, Squeezed, TruncationWarning, relative, squeeze_dense, squeeze_low_rank
@@ -30,6 +30,7 @@ from lorafit.layouts.base import Record, split
 from lorafit.layouts.lora import EMBEDDING, MATRIX, alpha_for, scale_at
 from lorafit.layouts.own import OWN
 from lorafit.layouts.vera import projection
+from lorafit.method import Around, Method
 from lorafit.methods import describe, validate
 from lorafit.methods.adalora import AdaLoRA
 from lorafit.methods.dora import DoRA
@@ -110,7 +111,7 @@ def _from_model(model: nn.Module, source: Path, target: Path, r: int | None) -> 
             own = made[each.path].r
             method = LoRA(r=own, alpha=alpha_for(scale, own, rslora), rslora=rslora)
             placed[each.path] = Placed(each.site, adapter, method)
-    copies = {path: plain_copy(ready.modules.by_path[path]) for path in ready.found.copies}
+    copies = {path: trained_copy(ready.modules.by_path[path]) for path in ready.found.copies}
     for path, tensors in ready.found.copies.items():
         copy_into(copies[path], tensors)
     config = ready.stored.config
@@ -196,7 +197,7 @@ class _Pair:
 def _from_file(stored: Stored, target: Path, r: int | None) -> None:
     layout, parsed, own = parse(stored.config, stored.config_path)
     if layout not in (LORA, ADALORA, VERA) or isinstance(parsed.method, DoRA):
-        raise _needs_model(stored, f"what {parsed.method.name} changes depends on the model's weights")
+        raise _needs_model(stored, f"what {_dependent(parsed.method).name} changes depends on the model's weights")
     settings = {key: value for key, value in stored.config.items() if key != OWN}
     if layout is LORA and r is None:
         store.write_parts(target, settings, dict(stored.tensors), plain_card(settings))
@@ -220,6 +221,13 @@ def _from_file(stored: Stored, target: Path, r: int | None) -> None:
         tensors[join(path, pair.keys[1])] = pair.up.reshape(*pair.up.shape, *ones)
     config = _plain_config(settings, pairs) | _errors(made, {"peft_type": layout.peft_type})
     store.write_parts(target, config, for_file(tensors), plain_card(config))
+
+
+def _dependent(method: Method) -> Method:
+    """The method whose change depends on the weights, out of those around it that change nothing about that."""
+    while isinstance(method, Around) and not isinstance(method, DoRA):
+        method = method.within
+    return method
 
 
 def _needs_model(stored: Stored, why: str) -> CheckpointError:
@@ -294,7 +302,7 @@ def _adalora(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record
 
 
 def _vera(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, _Pair]:
-    shapes = record.get("shapes", {})
+    shapes = _sizes(stored, record)
     if set(shapes) != set(sites):
         raise _needs_model(stored, "PEFT's files of VeRA do not say how wide the layers are")
     out, inn = (max(shape[i] for shape in shapes.values()) for i in (0, 1))
@@ -303,10 +311,28 @@ def _vera(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: R
     for path, tensors in sites.items():
         b, d = _taken(stored, path, tensors, "vera_lambda_b", "vera_lambda_d")
         own_out, own_inn = shapes[path]
-        if tuple(b.shape) != (own_out,):
+        if tuple(b.shape) != (own_out,) or own_inn > pair.A.shape[1] or own_out > pair.B.shape[0]:
             raise _needs_model(stored, f"the sizes that it notes for {path} are not those of its tensors")
         found[path] = _Pair(d[:, None] * pair.A[:, :own_inn], b[:, None] * pair.B[:own_out], 1.0)
     return found
+
+
+def _sizes(stored: Stored, record: Record) -> dict[str, tuple[int, int]]:
+    """Module path → (out, in), as a file of VeRA's notes it; empty where it does not."""
+    shapes = record.get("shapes", {})
+    if not isinstance(shapes, Mapping) or not all(_is_size(each) for each in shapes.values()):
+        raise CheckpointError(
+            "the sizes of the layers that this file notes are none",
+            where=f"{stored.config_path}: {OWN}.shapes",
+            found=repr(shapes),
+            expected="an object of module path → [out, in]",
+            fix="convert(path, model=model), which does not need them",
+        )
+    return {path: (out, inn) for path, (out, inn) in shapes.items()}
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
 
 
 def _plain_config(settings: Mapping[str, Any], pairs: Mapping[str, _Pair]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from lorafit import activation, merging, store
 from lorafit.adapted import bank_of, banks, check_removable, uninstall, walk
 from lorafit.errors import MergeError, StateError, nearest, some
-from lorafit.hooks import StepHooks, check_gradients, check_held
+from lorafit.hooks import Binding, StepHooks, check_gradients, check_held, check_unused, with_copies
 from lorafit.layers import Shape, Site
 from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method
+from lorafit.methods import validate
 from lorafit.peft_layout import Description, Placed
 from lorafit.plan import Modules, Planned
 
@@ -176,19 +178,25 @@ class Handle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the model gives the base model's exact outputs, even if this adapter is merged."""
+        """Within it the model gives the base model's exact outputs, even if this adapter is merged.
+
+        A merged one comes back at the end; until then no adapter of the model can be merged, unmerged or detached.
+        """
         before = self.active
+        ledger = self._ledger()
         merged = None
         if self._folded is not None:
             merged = merging.lift(self._folded)
             self._restore()
+            ledger.lifted = self.name
         self.activate(None)
         try:
             yield
         finally:
             if merged is not None:
+                ledger.lifted = None
                 self._folded = merging.refold(merged)
-                self._mark((self.name,))
+                self._mark(merged=True)
             self.activate(before)
 
     # Training
@@ -203,7 +211,9 @@ class Handle:
         named = self._trained()
         if self._folded is not None:
             raise StateError(f"adapter {self.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
-        return self.method.param_groups(named, lr)
+        copied = {id(parameter) for copy in self.copies.values() for parameter in copy.parameters()}
+        groups = self.method.param_groups([each for each in named if id(each[1]) not in copied], lr)
+        return with_copies(groups, [parameter for _, parameter in named if id(parameter) in copied], lr)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = list(self.named_parameters())
@@ -243,15 +253,20 @@ class Handle:
 
         Raises:
             StateError: the adapter was loaded for inference.
-            TrainingError: now, if the optimizer lacks parameters of the adapter; at its first step, if a site got no
-                gradient (after that step, if it was given a closure that computes the gradients).
+            TrainingError: now, if the optimizer lacks parameters of the adapter, or had steps that the schedule did not
+                see; at its first step, if a site got no gradient (after that step, if it was given a closure that
+                computes the gradients).
         """
         if optimizer in self._bound:
             return optimizer
         check_held(optimizer, self._trained())
+        if total_steps is not None:
+            validate.whole("total_steps", total_steps, fix="total_steps=1000: the optimizer steps of the run")
         if self.schedule is not None:
+            check_unused(optimizer, self.schedule, self.parameters())
             self.schedule.begin(total_steps)
-        StepHooks(self.name, lambda: self._check_first_step(allow_unused), self.schedule).install(optimizer)
+        check = partial(self._check_first_step, allow_unused)
+        StepHooks.of(optimizer).add(Binding(self.name, self.method.name, check, self.parameters, self.schedule))
         self._bound.add(optimizer)
         return optimizer
 
@@ -292,13 +307,19 @@ class Handle:
         return self._folded is not None
 
     def delta(self, site: str | Site) -> Tensor:
-        """W' − W of one site, dense, in the base weight's own shape, in at least single precision."""
+        """W' − W of one site, dense, in the base weight's own shape, in at least single precision.
+
+        Raises:
+            StateError: no such site, or another adapter is merged into a weight on which this one's change depends.
+        """
         if isinstance(site, str):
             self.adapter(site)
             site = self._sites[site]
         if self._folded is not None:
             with self.disabled():
                 return merging.change(site, self._adapter(site))
+        path = next((key for key, each in self._sites.items() if each.module is site.module), "")
+        activation.check_unscaled([(path, site.module)], [self.name])
         return merging.change(site, self._adapter(site))
 
     def merge(self, *, untie: bool = False) -> None:
@@ -310,9 +331,11 @@ class Handle:
             untie: give a weight that another layer shares a copy of its own instead of refusing.
 
         Raises:
-            MergeError: a shared weight, a value that would not be finite, or another adapter merged here already.
+            MergeError: a shared weight, a value that would not be finite, another adapter merged already, or one that
+                rescales the merged weight (DoRA).
             StateError: the adapter is not active, so that merging it would change what the model computes.
         """
+        activation.check_settled(self._ledger().lifted)
         if self.name not in self.active:
             raise StateError(
                 f"adapter {self.name!r} is not active, and merging it would make it act",
@@ -331,11 +354,13 @@ class Handle:
                     expected="unmerged weights",
                     fix="unmerge it first, or use merge_and_detach() for the first of two",
                 )
+        merging.check_alone(self._sites, self.name, keep=keep)
         self._folded = merging.fold(self.model, self._sites, self._saved, self.name, untie=untie, keep=keep)
-        self._mark((self.name,))
+        self._mark(merged=True)
 
     def unmerge(self) -> None:
-        """Puts the original weights back, bit for bit. Raises `StateError` if the adapter is not merged."""
+        """Puts the original weights back, bit for bit. Raises `StateError` if it is not merged, or in `disabled`."""
+        activation.check_settled(self._ledger().lifted)
         if self._folded is None:
             raise StateError(f"adapter {self.name!r} is not merged", fix="merge it first")
         self._restore()
@@ -345,21 +370,24 @@ class Handle:
         for row in reversed(self._folded):
             row.undo()
         self._folded = None
-        self._mark(())
+        self._mark(merged=False)
 
-    def _mark(self, merged: tuple[str, ...]) -> None:
+    def _mark(self, *, merged: bool) -> None:
         for _, module in self._modules():
             bank = bank_of(module)
             assert bank is not None
-            bank.set(merged=merged)
+            others = tuple(name for name in bank.merged if name != self.name)
+            bank.set(merged=(*others, self.name) if merged else others)
 
     def detach(self) -> None:
         """Takes the adapter out; after the last one the model is bit for bit what it was before `attach`.
 
         Raises:
-            StateError: it is out already, or a layer got another class since (`fully_shard` does that).
+            StateError: it is out already, a layer got another class since (`fully_shard` does that), or a merged
+                adapter is out of the weights for a while (`disabled`).
         """
         ledger = self._ledger()
+        activation.check_settled(ledger.lifted)
         check_removable(self._modules(), self.name)
         if self._folded is not None:
             self._restore()
@@ -375,11 +403,14 @@ class Handle:
 
     def merge_and_detach(self, *, untie: bool = False) -> None:
         """Makes the model a plain one with the adapter folded in, for good; keeps no originals. Raises like `merge`."""
+        activation.check_settled(self._ledger().lifted)
         if self._folded is None:
             check_removable(self._modules(), self.name)
             self._fold(untie=untie, keep=False)
+        else:
+            merging.check_alone(self._sites, self.name, keep=False)
         self._folded = None
-        self._mark(())
+        self._mark(merged=False)
         self.detach()
 
     # Files

@@ -7,7 +7,9 @@ of a schedule travels inside of the optimizer's `state_dict`, which they all sav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -48,6 +50,15 @@ def check_gradients(
     )
 
 
+def with_copies(groups: list[dict[str, Any]], copies: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """A method's parameter groups, and at the plain rate what is trained in full: that is none of its matrices."""
+    for group in groups:
+        if copies and {key: value for key, value in group.items() if key != "params"} == {"lr": lr}:
+            group["params"] = [*group["params"], *copies]
+            return groups
+    return [*groups, {"params": copies, "lr": lr}] if copies else groups
+
+
 def check_held(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Raises `TrainingError` if an optimizer lacks some of these parameters."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -61,69 +72,156 @@ def check_held(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.P
         )
 
 
-class StepHooks:
-    """Runs a check before the first step and a schedule, where there is one, around every step.
+@dataclass(eq=False)
+class Binding:
+    """One adapter at one optimizer.
 
-    Args:
+    Attributes:
         name: the adapter's.
-        first: the check.
+        method: the name of its method.
+        first: the check before the first step.
+        parameters: gives what it trains now.
         schedule: what the method does around a step, or None.
+        key: its name among the optimizer's adapters: that of the adapter, numbered if another one has it.
     """
 
-    def __init__(self, name: str, first: Callable[[], None], schedule: Schedule | None) -> None:
-        self._name = name
-        self._first = first
-        self._schedule = schedule
-        self._checked = False
-        self._late = False
-        self._skipped = False
+    name: str
+    method: str
+    first: Callable[[], None]
+    parameters: Callable[[], Sequence[nn.Parameter]]
+    schedule: Schedule | None
+    key: str = ""
+    checked: bool = False
+    acts: bool = True
 
-    def install(self, optimizer: torch.optim.Optimizer) -> None:
-        """Registers the hooks with `optimizer`."""
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-        if self._schedule is not None:
-            optimizer.register_state_dict_post_hook(self._save)
-            optimizer.register_load_state_dict_pre_hook(self._load)
+    def check(self) -> None:
+        """Runs the first check once."""
+        if not self.checked:
+            self.first()
+            self.checked = True
+
+
+class StepHooks:
+    """What is done around the steps of one optimizer, for all adapters that it trains: checks first, then schedules."""
+
+    def __init__(self) -> None:
+        self._bindings: list[Binding] = []
+        self._late = False
+        self._loaded: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> StepHooks:
+        """The hooks of an optimizer, registered with it when they are asked for first."""
+        found = _HOOKS.get(optimizer)
+        if found is None:
+            found = _HOOKS[optimizer] = cls()
+            optimizer.register_step_pre_hook(found._before)
+            optimizer.register_step_post_hook(found._after)
+            optimizer.register_state_dict_post_hook(found._save)
+            optimizer.register_load_state_dict_pre_hook(found._look)
+            optimizer.register_load_state_dict_post_hook(found._load)
+        return found
+
+    def add(self, binding: Binding) -> None:
+        """Takes an adapter in."""
+        same = sum(other.name == binding.name for other in self._bindings)
+        binding.key = f"{binding.name}#{same + 1}" if same else binding.name
+        self._bindings.append(binding)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # With a closure the gradients come inside the step: then the first chance to look is after it.
         self._late = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
-        if not self._late:
-            self._check()
-        if self._schedule is not None:
-            self._skipped = _overflowed(optimizer)
-            if not self._skipped:
-                _unscale(optimizer)
-                self._schedule.before_step(optimizer)
+        for binding in self._bindings:
+            if not self._late:
+                binding.check()
+            elif binding.schedule is not None and binding.schedule.needs_gradients:
+                raise _no_closure(binding)
+        scheduled = [binding for binding in self._bindings if binding.schedule is not None]
+        if not scheduled:
+            return
+        skipped = _overflowed(optimizer)
+        if not skipped:
+            _unscale(optimizer)
+        for binding in scheduled:
+            assert binding.schedule is not None
+            # An adapter that does not act has no gradients, and takes no part in the step.
+            reached = self._late or any(parameter.grad is not None for parameter in binding.parameters())
+            binding.acts = reached and not skipped
+            if binding.acts:
+                binding.schedule.before_step(optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._late:
-            self._check()
-        if self._schedule is not None and not self._skipped:
-            self._schedule.after_step(optimizer)
-
-    def _check(self) -> None:
-        if not self._checked:
-            self._first()
-            self._checked = True
+        for binding in self._bindings:
+            if self._late:
+                binding.check()
+            if binding.schedule is not None and binding.acts:
+                binding.schedule.after_step(optimizer)
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        assert self._schedule is not None
-        return {**state, STATE: {**state.get(STATE, {}), self._name: self._schedule.state_dict()}}
+        found = {
+            each.key: {"method": each.method, "schedule": each.schedule.state_dict()}
+            for each in self._bindings
+            if each.schedule is not None
+        }
+        return {**state, STATE: found} if found else state
 
-    def _load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        assert self._schedule is not None
+    def _look(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Whether a state that is about to be loaded is one of these adapters; nothing is changed yet."""
         saved = state.get(STATE, {})
-        if self._name not in saved:
-            raise CheckpointError(
-                "this state of an optimizer lacks the schedule of the adapter",
-                where=f"optimizer.load_state_dict: {STATE!r}, {self._name!r}",
-                found=f"schedules of {some(saved)}" if saved else "no schedule",
-                expected=f"what optimizer.state_dict() gave for adapter {self._name!r}",
-                fix="attach with the method and name of the saved run, and bind before the state is loaded",
-            )
-        self._schedule.load_state_dict(saved[self._name])
+        for binding in self._bindings:
+            entry = saved.get(binding.key)
+            if entry is None and binding.schedule is None:
+                continue
+            known = isinstance(entry, dict) and entry.keys() >= {"method", "schedule"}
+            if not known or entry["method"] != binding.method or binding.schedule is None:
+                raise CheckpointError(
+                    "this state of an optimizer is not one of the adapter that it shall go on with",
+                    where=f"optimizer.load_state_dict: {STATE!r}, {binding.key!r}",
+                    found=f"the schedule of {entry['method']}" if known else f"schedules of {some(saved) or 'none'}",
+                    expected=f"{'a' if binding.schedule else 'no'} schedule of {binding.method}",
+                    fix="attach with the method and name of the saved run, and bind before the state is loaded",
+                )
+        self._loaded = {binding.key: saved[binding.key] for binding in self._bindings if binding.key in saved}
+
+    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        for binding in self._bindings:
+            if binding.schedule is None:
+                continue
+            try:
+                binding.schedule.load_state_dict(self._loaded[binding.key]["schedule"])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"the schedule of {binding.method} in this state of an optimizer is damaged",
+                    where=f"optimizer.load_state_dict: {STATE!r}, {binding.key!r}",
+                    found=f"{type(error).__name__}: {error}",
+                    expected="what optimizer.state_dict() gave",
+                    fix="go on from an earlier checkpoint",
+                ) from error
+        self._loaded = {}
+
+
+_HOOKS: WeakKeyDictionary[torch.optim.Optimizer, StepHooks] = WeakKeyDictionary()
+"""The hooks of each optimizer that trains an adapter."""
+
+
+def _no_closure(binding: Binding) -> TrainingError:
+    return TrainingError(
+        f"{binding.method} needs the gradients before the optimizer steps",
+        found="a step that computes them itself (a closure)",
+        expected="loss.backward(), then optimizer.step()",
+        fix="call optimizer.step() without a closure; in Lightning: automatic_optimization = False",
+    )
+
+
+def check_unused(optimizer: torch.optim.Optimizer, schedule: Schedule, parameters: Sequence[nn.Parameter]) -> None:
+    """Raises `TrainingError` for an optimizer that has a state for parameters of which a schedule knows nothing."""
+    if schedule.state_dict() and any(optimizer.state.get(parameter) for parameter in parameters):
+        raise TrainingError(
+            "the optimizer has stepped, or was loaded, before it was bound: the schedule would begin anew",
+            found="a state for parameters of the adapter",
+            expected="a new optimizer",
+            fix="bind(optimizer) first, then optimizer.load_state_dict(...)",
+        )
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,9 +18,12 @@ from lorafit.adapted import plain_class
 from lorafit.errors import DataError, StateError, some
 from lorafit.handle import Handle
 from lorafit.layers import Acting, Site, apply
-from lorafit.method import Adapter, Batch
+from lorafit.method import Adapter, Batch, check_batches
 
 MASK = "attention_mask"
+
+ROUNDING = 1e-6
+"""An update that is less than this beside what its layers put out is what rounding leaves of B A − B₀ A₀ = 0."""
 
 
 def importance(
@@ -46,10 +49,12 @@ def importance(
         Module path → Iᵢ, in model order; their sum is 1. A layer that no batch reaches has 0.
 
     Raises:
-        DataError: no batches, an adapter that changes nothing yet, outputs that are not finite, or a mask that does
-            not fit what a layer sees.
+        ConfigError: `batches` is no iterable of batches.
+        DataError: no batches, an adapter that changes nothing yet, outputs that are not finite, or a mask that leaves
+            nothing or does not fit what a layer sees.
         StateError: the adapter is not active, merged, or a layer was replaced.
     """
+    check_batches(batches, "importance.batches", "importance(handle, [batch])")
     handle.check_sites("score")
     if handle.merged or handle.name not in handle.active:
         raise StateError(
@@ -59,21 +64,30 @@ def importance(
         )
     model = handle.model
     meter = _Meter(handle)
-    count = 0
+    count = left = 0
     with _at_rest(model), meter:
         for batch in batches:
             count += 1
             moved = _moved(batch, next(model.parameters()).device)
             meter.mask = _mask_of(moved) if mask is None else mask(moved)
+            left += meter.mask is None or bool(meter.mask.any())
             (_call if forward is None else forward)(model, moved)
     if count == 0:
         raise DataError(
             "there is nothing to score the sites on", found="no batches", expected="at least one", fix="give batches"
         )
-    return _shares(meter.sums)
+    if left == 0:
+        raise DataError(
+            "the mask leaves nothing to score the sites on: all of it is padding",
+            found=f"{count} batches whose mask is 0 everywhere",
+            expected="positions that count",
+            fix="look at the batches' attention_mask, or give mask=lambda batch: None to count all positions",
+        )
+    return _shares(meter.sums, math.fsum(meter.outputs.values()))
 
 
-def _shares(sums: Mapping[str, float]) -> dict[str, float]:
+def _shares(sums: Mapping[str, float], output: float) -> dict[str, float]:
+    """Each site's share of the sum; `output` is what all sites put out, squared, and says what rounding may leave."""
     wrong = [path for path, value in sums.items() if not math.isfinite(value)]
     if wrong:
         raise DataError(
@@ -84,10 +98,12 @@ def _shares(sums: Mapping[str, float]) -> dict[str, float]:
             fix="lower the learning rate with which the adapter was trained",
         )
     total = math.fsum(sums.values())
-    if total == 0:
+    if total == 0 or total < ROUNDING**2 * output:
+        size = "zero" if total == 0 else "no more than rounding"
         raise DataError(
-            "the adapter learnt nothing: its output is zero at every site",
-            found=f"{len(sums)} sites",
+            f"the adapter learnt nothing: its output is {size} at every site",
+            found=f"{len(sums)} sites"
+            + (f", {math.sqrt(total / output):.1g} of what their layers put out" if total else ""),
             expected="a trained adapter",
             fix="train it for longer or at a higher rate",
         )
@@ -96,11 +112,12 @@ def _shares(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Meter:
-    """Adds up ‖ΔW x‖² of every site while it is entered."""
+    """Adds up ‖ΔW x‖² of every site, and the square of what it puts out, while it is entered."""
 
     def __init__(self, handle: Handle) -> None:
         self.mask: Tensor | None = None
         self.sums = dict.fromkeys(handle.sites, 0.0)
+        self.outputs = dict.fromkeys(handle.sites, 0.0)
         self._handle = handle
         self._hooks = ExitStack()
 
@@ -124,6 +141,8 @@ class _Meter:
                 squares = _change(site, adapter, x, output).square()
                 axis = squares.dim() - site.channel(squares.new_empty(site.shape.out)).dim()
                 self.sums[path] += float(_kept(squares.sum(axis), self.mask, path).sum())
+                whole = output.detach().to(squares.dtype).square().sum(axis)
+                self.outputs[path] += float(_kept(whole, self.mask, path).sum())
 
         return add
 

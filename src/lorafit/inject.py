@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,12 +10,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorafit.adapted import RESERVED, adapted, banks, install, plain_copy, prepare, replaced
+from lorafit.adapted import RESERVED, adapted, banks, install, prepare, replaced, trained_copy
 from lorafit.errors import ConfigError, StateError, some
 from lorafit.handle import Handle
 from lorafit.layers import Site
 from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method, Sample, Spot
+from lorafit.methods import validate
 from lorafit.plan import Modules, Planned, check_model, choose, plan, saved_paths
 from lorafit.targets import ALL_LINEAR, Targets
 
@@ -70,9 +72,10 @@ def attach(
             fix=f"exclude=[{overlap[0]!r}]",
         )
     planned = plan(model, method, paths, modules, name=name, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    spots = observed(model, method, planned, sample)
-    adapters = method.adapters(spots, generator=generator)
+    generator = validate.generator("attach.seed", seed)
+    with torch.inference_mode(False):  # what inference mode makes could never be trained
+        spots = observed(model, method, planned, sample)
+        adapters = method.adapters(spots, generator=generator)
     if not adapters:
         raise ConfigError(
             f"{method.name} leaves every layer as it is",
@@ -107,6 +110,14 @@ def observed(model: nn.Module, method: Method, planned: Sequence[Planned], sampl
             expected="a Sample",
             fix="attach(..., sample=Sample(batches)) with a few batches of your data",
         )
+    if not isinstance(sample, Sample):
+        raise ConfigError(
+            "this is no sample",
+            where="sample",
+            found=f"a {type(sample).__name__}",
+            expected="a Sample, which says how its batches are to be used",
+            fix="sample=Sample(batches)",
+        )
     with _plain(model):
         return evidence.gather(model, {site.path: site.site for site in planned}, spots, sample)
 
@@ -135,9 +146,10 @@ def install_all(
     trainable: bool = True,
 ) -> Handle:
     """Puts adapters that are ready, by path, into their sites; nothing in here can fail halfway."""
-    for site in planned:
-        place(site.site, adapters[site.path])
-    copies = {path: plain_copy(module).requires_grad_(trainable) for path, module in saved.items()}
+    with torch.inference_mode(False):
+        for site in planned:
+            place(site.site, adapters[site.path])
+        copies = {path: trained_copy(module).requires_grad_(trainable) for path, module in saved.items()}
     prepare((site.site.module for site in planned), adapted)
     prepare(saved.values(), replaced)
     ledger = vars(model).get(LEDGER)
@@ -161,7 +173,18 @@ def install_all(
 def place(site: Site, adapter: Adapter) -> Adapter:
     """Moves an adapter to its site's device, in the site's precision or float32, whichever is higher."""
     weight = site.raw_weight
-    return adapter.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    adapter.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    _straighten(adapter)
+    return adapter
+
+
+def _straighten(adapter: Adapter) -> None:
+    """Gives each tensor of an adapter the layout that a file gives it: products round by the layout, too."""
+    tensors = [each for each in (*adapter.parameters(), *adapter.buffers()) if each.layout is torch.strided]
+    users = Counter(each.untyped_storage().data_ptr() for each in tensors)
+    for tensor in tensors:
+        if not tensor.is_contiguous() and users[tensor.untyped_storage().data_ptr()] == 1:
+            tensor.data = tensor.data.contiguous()
 
 
 def check_name(model: nn.Module, method: object, name: str) -> None:

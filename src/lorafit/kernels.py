@@ -36,7 +36,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # What was saved has the dtype of the forward pass; an autocast around backward() must not mix in another.
-        if _autocasts(grad.device.type):
+        if autocasts(grad.device.type):
             with torch.autocast(grad.device.type, enabled=False):
                 return _LowRankLinear._gradients(ctx, grad)
         return _LowRankLinear._gradients(ctx, grad)
@@ -64,7 +64,8 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, None, grad_down, grad_up, None
 
 
-def _autocasts(kind: str) -> bool:
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for devices of this kind."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -84,7 +85,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor
         in torch's own layers) and must share one dtype otherwise. The plain twin is `layers.apply` on a linear site.
     """
     kind = x.device.type
-    if _autocasts(kind):
+    if autocasts(kind):
         dtype = torch.get_autocast_dtype(kind)
         tensors = (x, weight, bias, down, up)
         cast = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

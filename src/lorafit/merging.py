@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapted import bank_of
+from lorafit.adapted import bank_of, rescales
 from lorafit.errors import MergeError, some
 from lorafit.layers import Site
 from lorafit.method import Adapter
@@ -51,6 +51,31 @@ def change(site: Site, adapter: Adapter) -> Tensor:
     """W' − W of one site in its weight's own shape, in at least single precision."""
     with torch.no_grad():
         return site.unfold(adapter.update(site.weight).change(site.weight()))
+
+
+def check_alone(sites: Mapping[str, Site], name: str, *, keep: bool) -> None:
+    """Raises `MergeError` for an adapter on these sites that would take the merged weight for the base's.
+
+    Args:
+        sites: module path → site, those of the adapter to be merged.
+        name: the adapter to be merged.
+        keep: the merge can be undone: adapters that do not act then do no harm.
+    """
+    for path, site in sites.items():
+        bank = bank_of(site.module)
+        assert bank is not None
+        for other in bank.active if keep else bank:
+            if other != name and rescales(site.module, other):
+                raise MergeError(
+                    f"merging {name!r} would change what adapter {other!r} does here: it rescales the rows of W + Δ "
+                    "(DoRA), and would take the merged weight for W",
+                    where=path,
+                    found=f"{other!r}, {'active' if other in bank.active else 'attached'}",
+                    expected="no adapter with magnitudes beside the merged one",
+                    fix=f"activate({name!r}) alone and merge it, or activate and merge {other!r} alone"
+                    if keep
+                    else f"detach {other!r} first, or merge {other!r} alone",
+                )
 
 
 def fold(
@@ -152,7 +177,7 @@ def _copy_rows(copies: Mapping[str, nn.Module], name: str) -> Iterator[_Row]:
             prefix, _, attribute = key.rpartition(".")
             owner = module.get_submodule(prefix)
             tensor = getattr(owner, attribute)
-            yield _Row(f"{path}.{key}", owner, attribute, tensor, value.detach)
+            yield _Row(f"{path}.{key}", owner, attribute, tensor, partial(value.detach().to, tensor.dtype))
 
 
 def _merged_weight(site: Site, name: str) -> Tensor:

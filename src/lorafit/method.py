@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.delta import Update
+from lorafit.errors import ConfigError, some
 from lorafit.layers import Shape, Site
 
 Batch = Any
@@ -68,8 +69,11 @@ class Sharing(Adapter):
 class Schedule(ABC):
     """What a method does around the optimizer step. Steps that a gradient scaler skips are not seen here.
 
-    With `optimizer.step(closure)` the gradients come inside the step: `before_step` then runs before they exist.
+    With `optimizer.step(closure)` the gradients come inside the step: `before_step` then runs before they exist, and is
+    not asked to if the schedule `needs_gradients`: such a step is refused.
     """
+
+    needs_gradients: ClassVar[bool] = False
 
     def begin(self, total_steps: int | None) -> None:  # noqa: B027 (most schedules need no length)
         """An optimizer was bound for a run of so many optimizer steps; None when nobody said how many."""
@@ -96,6 +100,10 @@ class Schedule(ABC):
     def facts(self) -> dict[str, Any]:
         """What a run's records say of the schedule as it stands, in JSON's types; empty for nothing."""
         return {}
+
+    def told(self) -> str | None:
+        """The schedule's plan in one line, once an optimizer is bound; None if there is nothing to tell."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -131,10 +139,32 @@ class Sample:
             tuple of arguments, or one tensor.
         loss: runs the model on one batch and returns the loss. None: the output itself if it is a scalar, else its
             `loss` (as models of transformers have it).
+
+    Raises:
+        ConfigError: `batches` is no iterable of batches.
     """
 
     batches: Iterable[Batch]
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_batches(self.batches, "Sample.batches", "Sample([batch])")
+
+
+def check_batches(batches: object, where: str, fix: str) -> None:
+    """Raises `ConfigError` for what is no iterable of batches; a mapping is one batch."""
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            "one batch stands where an iterable of batches belongs"
+            if isinstance(batches, Mapping)
+            else "this is no iterable of batches",
+            where=where,
+            found=f"{type(batches).__name__} with the keys {some(map(str, batches), 3)}"
+            if isinstance(batches, Mapping)
+            else repr(batches),
+            expected="an iterable of batches, such as a list or a data loader",
+            fix=fix,
+        )
 
 
 class Evidence(ABC):

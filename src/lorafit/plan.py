@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -309,10 +310,21 @@ def plan(
                 where=path,
                 found=reason,
                 expected=f"settings that suit {kind.kind} {tuple(new.site.raw_weight.shape)}",
-                fix=f"a smaller r (rank_pattern={{{path!r}: ...}}), another method, or exclude=[{path!r}]",
+                fix=_way_out(own, new.spot),
             )
         planned.append(new)
     return planned
+
+
+def _way_out(method: Method, spot: Spot) -> str:
+    """What mends a spot that cannot take a method; a rank of its own only where that helps."""
+    ways = [f"another method, or exclude=[{spot.path!r}]"]
+    with suppress(ConfigError):  # a method whose spots have no rank of their own
+        least = method.at(r=spot.shape.groups)
+        if least.impossible(spot) is None and least.wasteful(spot) is None:
+            r = "another r" if method.impossible(spot) is not None else "a smaller r"
+            ways.insert(0, f"{r} (rank_pattern={{{spot.path!r}: ...}})")
+    return ", ".join(ways)
 
 
 def shared_weights(model: nn.Module, paths: Sequence[str], modules: Modules) -> dict[str, tuple[str, ...]]:

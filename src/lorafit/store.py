@@ -88,6 +88,19 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # its way of passing on what the system said: disk full, quota, file too large
         raise OSError(str(error)) from error
+    _order_metadata(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts the metadata, whose order safetensors leaves to chance: the same adapter is then the same bytes."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else the file stays as it is, which is as good to read
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _sweep(folder: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import lorafit as lf
-from lorafit.cli.methods import LAYERS, SHAPES
+from lorafit.cli.methods import LAYERS, SHAPES, default_shapes
+from lorafit.cli.screen import Screen
+from lorafit.methods.table import COLUMNS, rows
 
 
 def test_every_method_has_its_row(lorafit: Callable[..., Any]) -> None:
@@ -19,6 +23,18 @@ def test_every_method_has_its_row(lorafit: Callable[..., Any]) -> None:
         row = next(line for line in result.out.splitlines() if line.startswith(f"{name} "))
         assert kind.paper in row and kind.trains in row
     assert "4,884,480" in result.out and "210 linear layers of SmolLM2-135M" in result.out
+
+
+def test_names_and_numbers_are_whole_on_a_narrow_terminal() -> None:
+    screen, out = Screen(), io.StringIO()
+    screen.console = Console(file=out, width=60, force_terminal=True, color_system=None)
+    found = rows(default_shapes())
+    screen.table(COLUMNS, [row.cells() for row in found], right=(2,), whole=(0, 2))
+    assert max(map(len, out.getvalue().splitlines())) <= 60 and COLUMNS[-1] == "paper"
+    for row in found:
+        assert any({row.name, f"{row.numbers:,}"} <= set(line.split()) for line in out.getvalue().splitlines())
+    folded = [line[-7:].strip() for line in out.getvalue().splitlines()]
+    assert "".join(found[0].paper.split()) in "".join("".join(folded).split())  # and nothing is cut off
 
 
 def test_counts_are_those_of_a_real_adapter(lorafit: Callable[..., Any], llama: Path) -> None:

@@ -13,6 +13,9 @@ from lorafit.cli.openended import split
 from lorafit.cli.settings import gather, resolved
 from lorafit.cli.values import loose, pattern, scalar
 from lorafit.errors import ConfigError
+from lorafit.methods import METHODS, AdaLoRA, DoRA, LoRA, LoRADrop, LoRAPlus, build, fields_of
+from lorafit.training.aliases import ALIASES, NEIGHBOURS
+from lorafit.training.config import resolve
 
 
 def test_values_stay_with_their_options_wherever_they_stand() -> None:
@@ -123,6 +126,126 @@ def test_neighbours_spellings_are_said_once_each(tmp_path: Path) -> None:
     assert made.method_options == {"r": 4, "alpha": 8.0, "dropout": 0.1} and made.max_length == 99
     assert made.training["per_device_train_batch_size"] == 2 and made.training["num_train_epochs"] == 2.0
     assert len(said) == len(set(said)) == 6 and "lora_r is called r here" in said
+
+
+def test_values_of_neighbours_are_translated(tmp_path: Path) -> None:
+    assert settings(tmp_path, "init_lora_weights: true\n")[0].method_options == {"init": "default"}
+    assert settings(tmp_path, sets=("init_lora_weights=pissa",))[0].method_options == {"init": "pissa"}
+    made, said = settings(tmp_path, "method: LoRA_Plus\n", ("loraplus_lr_ratio=16",))
+    assert made.method == "lora-plus" and made.method_options == {"ratio": 16.0}
+    assert said == ["loraplus_lr_ratio is called ratio here"]
+    assert settings(tmp_path, extra="--use_rslora")[0].method_options == {"rslora": True}
+
+
+def test_the_method_inside_has_types_and_spellings_too(tmp_path: Path) -> None:
+    made, said = settings(
+        tmp_path, "method: dora\n", ("inner.method=LoRA", "inner.lora_r='8'", "inner.init_lora_weights=true")
+    )
+    assert made.method_options == {"inner": {"method": "lora", "r": 8, "init": "default"}}
+    assert said == ["lora_r is called r here", "init_lora_weights is called init here"]
+    made, _ = settings(tmp_path, "method: lora-plus\ninner: {method: lora-drop, keep: [a, b], r: '4'}\n")
+    inner = build(made.method, made.method_options).inner
+    assert inner == LoRADrop(LoRA(r=4), keep=("a", "b"))
+    made, _ = settings(
+        tmp_path, "method: lora-plus\ninner: {method: dora, inner: {method: adalora, init_r: '9', lora_alpha: '4'}}\n"
+    )
+    assert build(made.method, made.method_options) == LoRAPlus(inner=DoRA(AdaLoRA(init_r=9, alpha=4.0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "method"),
+    [
+        (
+            "lora-plus",
+            {"inner": {"method": "dora", "inner": "adalora", "init_r": 6, "target_r": 4}},
+            LoRAPlus(inner=DoRA(AdaLoRA(init_r=6, target_r=4))),
+        ),
+        ("DoRA", {"inner": {"method": "LoRA", "r": 8}, "alpha": 4.0}, DoRA(LoRA(r=8, alpha=4.0))),
+        ("lora_drop", {"keep": ["a"]}, LoRADrop(keep=("a",))),
+    ],
+    ids=str,
+)
+def test_methods_inside_of_methods(name: str, options: dict[str, Any], method: Any) -> None:
+    assert build(name, options) == method
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"inner": {"method": "lora", "r": 8}, "r": 4}, ["given twice", "r=4 and inner.r=8"]),
+        ({"inner": {"r": 4}}, ["method is missing", "inner: {method: lora, ...}"]),
+        ({"inner": {"method": "lora", "init_r": 4}}, ["lora has no such setting", "dora: inner", "'init_r'"]),
+        ({"inner": {"method": "vera", "dinit": 4}}, ["vera has no such setting", "d_init"]),
+        ({"inner": {"method": "adalor"}}, ["unknown method", "method: adalora"]),
+    ],
+    ids=str,
+)
+def test_what_the_method_inside_does_not_take(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("dora", options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["warmup", "final"])
+@pytest.mark.parametrize("text", ["1.0", "10.0", "1e1", "true", "false"])
+def test_text_is_steps_only_if_it_is_a_whole_number(tmp_path: Path, name: str, text: str) -> None:
+    for sets in (("method=adalora", f"{name}={text}"), ("method=dora", "inner.method=adalora", f"inner.{name}={text}")):
+        with pytest.raises(WrongUsageError, match=name):
+            settings(tmp_path, sets=sets)
+    with pytest.raises(WrongUsageError, match="start"):
+        settings(tmp_path, sets=("method=delta-lora", f"start={text}"))
+    with pytest.raises(WrongUsageError, match=name):
+        settings(tmp_path, f"method: adalora\n{name}: {text}\n")
+
+
+@pytest.mark.parametrize(("text", "value"), [("10", 10), ("0.25", 0.25), ("0", 0), (".1", 0.1)])
+def test_steps_and_fractions(tmp_path: Path, text: str, value: float) -> None:
+    made, _ = settings(tmp_path, sets=("method=adalora", f"warmup={text}"))
+    assert made.method_options == {"warmup": value} and type(made.method_options["warmup"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "never"),
+    [
+        ({"method": "adalora", "r": 4}, ["init_r and target_r"], ["lr"]),
+        ({"method": "adalora", "lora_r": 4}, ["init_r and target_r"], ["lora_"]),
+        ({"method": "dora", "inner": "adalora", "rank": 4}, ["init_r and target_r"], []),
+        ({"method": "intrinsic", "r": 4}, ["write d:"], ["lr"]),
+        ({"method": "vera", "lora_alpha": 4}, ["VeRA has no alpha"], ["lora_alpha"]),
+        ({"method": "adalora", "use_rslora": True}, ["remove 'rslora'"], ["use_"]),
+        ({"use_dora": True}, ["--method dora"], ["use_rslora"]),
+        ({"use_galore": True}, ["remove 'use_galore'"], ["use_rslora", "use_c"]),
+        ({"inner": "dora"}, ["--method dora", "lora-plus"], []),
+        ({"method": "adalora", "tinit": 1}, ["write warmup"], []),
+        ({"method": "adalora", "tfinal": 1}, ["write final"], []),
+        ({"method": "adalora", "deltaT": 1}, ["write interval"], []),
+        ({"method": "adalora", "orth_reg_weight": 1}, ["write orthogonality", "half"], []),
+        ({"method": "adalora", "total_step": 1}, ["leave it out"], []),
+        ({"tinit": 1}, ["remove 'tinit'"], ["warmup:"]),
+        ({"loraplus_lr_ratio": 16}, ["--method lora-plus"], []),
+        ({"method": "adalora", "lora_rnk": 4}, ["remove 'lora_rnk'"], ["lora_rank"]),
+        ({"lora_alhpa": 4}, ["write 'lora_alpha'"], []),
+        ({"method": "dora", "inner": {"method": "lora", "init_r": 4}}, ["inner: init_r", "one of adalora"], []),
+        ({"method": "dora", "inner": {"method": "lora", "lora_r": 4, "r": 4}}, ["under two names", "inner"], []),
+        ({"method": "lora-pluss"}, ["method: lora-plus"], []),
+        ({"method": "??"}, ["method: lora"], []),
+    ],
+    ids=str,
+)
+def test_the_fix_of_an_unknown_setting_is_none_that_is_unknown_too(
+    given: dict[str, Any], words: list[str], never: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve([("here", given)])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    suggested = f"{caught.value.fix} {caught.value.near}".replace(f"remove '{next(reversed(given))}'", "")
+    assert not any(word in suggested for word in never), str(caught.value)
+
+
+def test_advice_is_only_for_what_is_no_alias() -> None:
+    assert not NEIGHBOURS.keys() & ALIASES.keys()
+    fields = {field for kind in METHODS.values() for field in fields_of(kind)}
+    assert {field for advice in NEIGHBOURS.values() for field, _ in advice if field} <= fields
 
 
 def test_dotted_settings_add_to_the_files_mapping(tmp_path: Path) -> None:

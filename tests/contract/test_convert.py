@@ -218,6 +218,36 @@ def test_the_source_is_never_written_to(fill, tmp_path, monkeypatch) -> None:
     assert convert(".").resolve() == tmp_path / "x-lora"
 
 
+@pytest.mark.parametrize("shapes", [5, [1], {"a": 5}, {"a": [6]}, {"a": [6, "8"]}, {"a": [0, 8]}], ids=str)
+def test_sizes_that_are_none_are_refused(shapes, fill, tmp_path) -> None:
+    _, folder = saved(lf.VeRA(r=3), tmp_path / "x", ["a"], fill)
+    config = json.loads((folder / CONFIG).read_text())
+    config["lorafit"]["shapes"] = shapes
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(lf.CheckpointError, match=r"lorafit\.shapes(.|\n)*model=model"):
+        convert(folder)
+    config["lorafit"]["shapes"] = {"a": [6, 800]}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(lf.CheckpointError, match="sizes that it notes for a"):
+        convert(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (lf.LoRAPlus(inner=lf.DoRA(lf.LoRA(r=2))), "dora"),
+        (lf.LoRAPlus(inner=lf.DoRA(lf.AdaLoRA(init_r=4, target_r=2))), "dora"),
+        (lf.LoRADrop(lf.DoRA(lf.LoRA(r=2))), "dora"),
+        (lf.IntrinsicDimension(d=5), "intrinsic"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+def test_what_depends_on_the_weights_is_named(method, name, fill, tmp_path) -> None:
+    _, folder = saved(method, tmp_path / "x", VECTORS, fill)
+    with pytest.raises(lf.CheckpointError, match=f"what {name} changes depends"):
+        convert(folder)
+
+
 def test_what_cannot_be_is_refused(fill, tmp_path) -> None:
     _, folder = saved(lf.AdaLoRA(init_r=4, target_r=2), tmp_path / "x", VECTORS, fill)
     for options in ({"to": "dora"}, {"r": 0}):

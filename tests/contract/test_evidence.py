@@ -190,7 +190,7 @@ def test_padding_does_not_count():
         found = gather(InputDirections(rho=1), Model(flat), lf.LoRA(r=2), ("layer",), Sample([batch]))
         same_directions(found["layer"].evidence, centred_svd(x[mask])[1][:2])
     # A batch that is all padding is no input.
-    with pytest.raises(lf.DataError, match="saw no input"):
+    with pytest.raises(lf.DataError, match="mask or the labels of its batches leave nothing"):
         empty = {"x": x, "attention_mask": torch.zeros(4, 9, dtype=torch.long)}
         gather(InputDirections(), Model(False), lf.LoRA(r=2), ("layer",), Sample([empty]))
 
@@ -394,6 +394,23 @@ BOTH = pytest.mark.parametrize("evidence", [InputDirections(), FirstGradients()]
 def test_no_batches(evidence):
     with pytest.raises(lf.DataError, match="no batches"):
         gather(evidence, two_layers(), lf.LoRA(r=2), ("0",), Sample(iter([])))
+
+
+def test_a_mask_that_leaves_nothing_is_said(llama):
+    batch = {**tokens(0, padding=0), "attention_mask": torch.zeros(3, 12, dtype=torch.int64)}
+    paths = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+    with pytest.raises(lf.DataError, match=r"mask or the labels(.|\n)*attention_mask") as error:
+        gather(InputDirections(), llama, lf.LoRA(r=2), paths, Sample([batch]))
+    assert error.value.where == "Sample.batches"
+
+
+def test_labels_that_leave_nothing_are_said():
+    none = Sample([torch.randn(9, 8)], lambda model, batch: (model(batch) * 0).sum())
+    with pytest.raises(lf.DataError, match=r"mask or the labels(.|\n)*labels"):
+        gather(FirstGradients(), two_layers(), lf.LoRA(r=2), ("0", "2"), none)
+    mean = Sample([torch.randn(9, 8)], lambda m, x: F.cross_entropy(m(x), torch.full((9,), -100)))
+    with pytest.raises(lf.DataError, match=r"loss is not finite(.|\n)*-100"):
+        gather(FirstGradients(), two_layers(), lf.LoRA(r=2), ("0", "2"), mean)
 
 
 @BOTH

@@ -116,6 +116,26 @@ def test_shared_adapters_share_again(tmp_path) -> None:
     assert again.adapter("c").common is again.adapter("a") and again.adapter("d").common is again.adapter("a")
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+def test_shared_adapters_that_started_elsewhere_share_again(init, dora, tmp_path) -> None:
+    plain = lf.LoRA(r=2, init=init)
+    method = lf.LoRADrop(lf.DoRA(plain) if dora else plain, keep=("b",))
+    model, x = network(), torch.randn(5, 6)
+    sample = lf.Sample([x], lambda model, batch: model(batch).square().sum()) if init == "lora_ga" else None
+    handle = lf.attach(model, method, ["a", "b", "c", "d"], seed=0, sample=sample)
+    disturb(handle)
+    folder = handle.save(tmp_path / "x")
+    other = network()
+    again = lf.load(other, folder, trainable=True)
+    assert again.method == method and again.num_trainable == handle.num_trainable
+    inner = [again.adapter(path).inner if dora else again.adapter(path) for path in "acd"]
+    assert inner[1].common is inner[0] and inner[2].common is inner[0]
+    torch.testing.assert_close(other(x), model(x))
+    kept, loaded = dict(handle.named_parameters()), dict(again.named_parameters())
+    assert kept.keys() == loaded.keys() and all(torch.equal(kept[key], loaded[key]) for key in kept)
+
+
 def test_sites_without_an_adapter_are_absent(tmp_path) -> None:
     _, folder = saved(lf.LoRADrop(lf.LoRA(r=2), keep=("b", "d"), rest="freeze"), tmp_path)
     assert json.loads((folder / CONFIG).read_text())["target_modules"] == ["b", "d"]

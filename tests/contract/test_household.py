@@ -261,7 +261,7 @@ def test_accumulated_batches_are_one_large_one(some_layer, member):
         torch.manual_seed(0)
         model = some_layer.model()
         handle = attached(model, member, some_layer, seed=0)
-        optimizer = handle.optimizer(torch.optim.SGD, lr=0.1, total_steps=6)
+        optimizer = handle.optimizer(torch.optim.SGD, lr=0.1, total_steps=12)
         for _ in range(6):
             optimizer.zero_grad()
             for batch in some_layer.input().repeat_interleave(2, dim=0).chunk(parts):

@@ -180,6 +180,83 @@ def test_a_failure_in_the_middle_of_a_merge_undoes_what_was_done(fill):
     assert torch.equal(model(x), y)
 
 
+# Adapters that rescale W + Δ beside a merged one -------------------------------
+
+
+@pytest.fixture
+def beside(fill):
+    """A model with a LoRA "a" on both layers and a DoRA "m" on the second."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)).eval()
+    handles = []
+    for name, method, targets in (("a", lf.LoRA(r=2), ["0", "1"]), ("m", lf.DoRA(lf.LoRA(r=2)), ["1"])):
+        handle = lf.attach(model, method, targets, name=name, seed=1)
+        fill(handle, std=0.2)
+        handles.append(handle)
+    return model, *handles
+
+
+def test_merging_below_an_active_dora_is_refused(beside):
+    model, a, m = beside
+    a.activate(["a", "m"])
+    x = torch.randn(3, 6)
+    y, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    for call in (a.merge, a.merge_and_detach):
+        with pytest.raises(lf.MergeError, match="rescales the rows") as caught:
+            call()
+        assert caught.value.where == "1" and caught.value.found == "'m', active" and caught.value.fix
+    assert not a.merged and torch.equal(model(x), y)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    m.merge()  # the one with magnitudes itself: what acts beside it does not depend on W
+    torch.testing.assert_close(model(x), y)
+    m.unmerge()
+    m.merge_and_detach()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_an_inactive_dora_bars_merging_for_good_alone(beside):
+    model, a, m = beside
+    a.activate("a")
+    x = torch.randn(3, 6)
+    y, delta = model(x), m.delta("1")
+    for _ in range(2):  # not merged, then merged
+        with pytest.raises(lf.MergeError, match="rescales the rows") as caught:
+            a.merge_and_detach()
+        assert caught.value.found == "'m', attached" and "detach 'm' first" in caught.value.fix
+        if not a.merged:
+            a.merge()
+    torch.testing.assert_close(model(x), y)
+    with pytest.raises(lf.StateError, match="merged into W now") as caught:
+        a.activate(["a", "m"])
+    assert caught.value.where == "1" and caught.value.fix == "unmerge 'a' first"
+    assert a.active == ("a",)
+    with pytest.raises(lf.StateError, match="merged into W now") as caught:
+        m.delta("1")
+    assert caught.value.where == "1"
+    assert a.delta("1").any()
+    a.unmerge()
+    assert torch.equal(m.delta("1"), delta)
+    m.detach()
+    a.merge_and_detach()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_dora_elsewhere_is_no_hindrance(fill):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)).eval()
+    a = lf.attach(model, lf.LoRA(r=2), ["0"], name="a")
+    m = lf.attach(model, lf.DoRA(lf.LoRA(r=2)), ["1"], name="m")
+    fill(a)
+    fill(m, std=0.2)
+    a.activate(["a", "m"])
+    x = torch.randn(3, 6)
+    y = model(x)
+    a.merge()
+    torch.testing.assert_close(model(x), y)
+    a.activate(["m", "a"])
+    m.delta("1")
+    a.merge_and_detach()
+    torch.testing.assert_close(model(x), y)
+
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import lorafit as lf
 from lorafit.errors import CheckpointError
@@ -276,3 +278,133 @@ def test_a_missing_copy_in_the_file_is_noticed(tmp_path):
         lf.load(model, tmp_path)
     assert "head.extra" in str(caught.value.where)
     assert not [name for name in model.state_dict() if "adapters" in name]
+
+
+# A base of low precision -------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """What a module may return: a named tuple."""
+
+    first: Tensor
+    rest: Tensor
+
+
+class Many(nn.Module):
+    """Takes and returns tensors in every wrapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, more: dict[str, list[Tensor]], *, mask: Tensor, flag: str) -> tuple[object, ...]:
+        y = self.lin(x) + more["extra"][0]
+        whole = BaseModelOutput(last_hidden_state=y, hidden_states=(y, y))
+        return y, [y, mask], {"y": y, "flag": flag}, Rows(y, y), whole, OrderedDict(y=y), None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_are_trained_in_single_precision(x, tmp_path, dtype):
+    model = Net().to(dtype)
+    x = x.to(dtype)
+    base = model.eval()(x)
+    handle = lf.attach(model, lf.LoRA(r=2), modules_to_save=["head"])
+    assert {value.dtype for value in handle.copies["head"].state_dict().values()} == {torch.float32, torch.int64}
+    assert {value.dtype for value in handle.parameters()} == {torch.float32}
+    assert model(x).dtype == dtype
+    torch.testing.assert_close(model(x), base, rtol=2e-2, atol=2e-2)
+    optimizer = handle.optimizer(torch.optim.AdamW, lr=1e-5)  # steps that bfloat16 would round away
+    before = handle.copies["head"].dense.weight.detach().clone()
+    model.train()(x).float().square().mean().backward()
+    optimizer.step()
+    moved = handle.copies["head"].dense.weight.detach() - before
+    assert (moved != 0).float().mean() > 0.9
+    assert {v.dtype for s in optimizer.state.values() for v in s.values()} == {torch.float32}
+    y = model.eval()(x)
+    state = copies(model.state_dict())
+    handle.merge()
+    assert model(x).dtype == dtype and model.head.dense.weight.dtype == dtype
+    torch.testing.assert_close(model(x), y, rtol=5e-2, atol=5e-2)
+    handle.unmerge()
+    assert_same(model.state_dict(), state)
+    handle.save(tmp_path)
+    assert (
+        load_file(tmp_path / "adapter_model.safetensors")["base_model.model.head.dense.weight"].dtype == torch.float32
+    )
+    handle.detach()
+    assert torch.equal(model(x), base)
+    lf.load(model, tmp_path)
+    assert torch.equal(model(x), y)
+
+
+def test_a_value_of_a_copy_that_the_base_cannot_hold_is_not_merged():
+    model = Net().half()
+    handle = lf.attach(model, lf.LoRA(r=2), modules_to_save=["head"])
+    with torch.no_grad():
+        handle.copies["head"].out.weight[0, 0] = 1e6
+    with pytest.raises(lf.MergeError, match="not finite") as caught:
+        handle.merge()
+    assert caught.value.where == "head.out.weight" and not handle.merged
+
+
+def test_everything_around_a_copy_stays_in_the_type_of_the_base():
+    model = nn.ModuleDict({"many": Many(), "lin": nn.Linear(8, 8)}).bfloat16()
+    x, mask = torch.randn(2, 8).bfloat16(), torch.ones(2, dtype=torch.bool)
+    given = {"mask": mask, "flag": "on"}
+    base = model["many"](x, {"extra": [x]}, **given)
+    lf.attach(model, lf.LoRA(r=2), "lin", modules_to_save=["many"])
+    found = model["many"](x, {"extra": [x]}, **given)
+    assert [type(each) for each in found] == [type(each) for each in base]
+    y, several, mapping, rows, whole, ordered, nothing = found
+    tensors = [y, several[0], mapping["y"], *rows, whole.last_hidden_state, whole["last_hidden_state"], ordered["y"]]
+    for tensor in [*tensors, *whole.hidden_states]:
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor, base[0], rtol=2e-2, atol=2e-2)
+    assert several[1] is mask and mapping["flag"] == "on" and nothing is None
+
+
+def test_an_embedding_s_copy_puts_out_what_the_base_does():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 3)).bfloat16()
+    ids = torch.arange(6)
+    base = model(ids)
+    handle = lf.attach(model, lf.LoRA(r=2), ["1"], modules_to_save=["0"])
+    assert torch.equal(model(ids), base)
+    assert handle.copies["0"].weight.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(ids).dtype == torch.bfloat16
+    model.bfloat16()
+    assert torch.equal(model(ids), base)  # a copy that was given the base's own type needs no cast
+
+
+def test_a_module_of_two_types_puts_out_the_type_of_its_last_parameter():
+    mixed = nn.Sequential(OrderedDict(low=nn.Linear(8, 8).bfloat16(), cast=Up(), high=nn.Linear(8, 3)))
+    model = nn.ModuleDict({"lin": nn.Linear(8, 8), "mixed": mixed})
+    x = torch.randn(2, 8).bfloat16()
+    base = mixed(x)
+    lf.attach(model, lf.LoRA(r=2), "lin", modules_to_save=["mixed"])
+    assert model["mixed"](x).dtype == base.dtype == torch.float32
+    torch.testing.assert_close(model["mixed"](x), base, rtol=2e-2, atol=2e-2)
+
+
+class Up(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_tied_weights_inside_a_copy_stay_tied():
+    head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    head[1].weight = head[0].weight
+    model = nn.ModuleDict({"lin": nn.Linear(8, 8).bfloat16(), "head": head})
+    handle = lf.attach(model, lf.LoRA(r=2), ["lin"], modules_to_save=["head"])
+    copied = handle.copies["head"]
+    assert copied[0].weight is copied[1].weight and copied[0].weight.dtype == torch.float32
+    assert model["head"](torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+def test_a_cast_copy_compiles_whole(x):
+    model = Net().bfloat16().eval()
+    lf.attach(model, lf.LoRA(r=2), modules_to_save=["head"])
+    x = x.bfloat16()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), model(x))

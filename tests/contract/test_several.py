@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import lorafit as lf
+from lorafit.method import Sample
 from lorafit.state import load_state, save_state
 
 
@@ -137,6 +140,34 @@ def test_another_handle_cannot_disable_what_is_merged(pair, x):
     with pytest.raises(lf.StateError, match="'b' is merged"), a.disabled():
         pass
     assert torch.equal(model(x), y)
+
+
+def test_nothing_is_merged_unmerged_or_detached_while_a_merged_one_is_out(pair, x):
+    model, a, b = pair
+    a.activate("a")
+    a.merge()
+    y, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    with a.disabled():
+        a.activate("b")
+        for handle in (a, b):
+            for call in (handle.merge, handle.unmerge, handle.merge_and_detach, handle.detach):
+                with pytest.raises(lf.StateError, match=r"inside disabled\(\): adapter 'a' is merged") as caught:
+                    call()
+                assert caught.value.fix == "leave the with block first"
+        with a.disabled(), pytest.raises(lf.StateError, match="inside disabled"):
+            b.merge()
+        twin = copy.deepcopy(model)
+        with pytest.raises(lf.StateError, match="inside disabled"):
+            b.merge()
+    assert vars(twin)["_lorafit"].lifted is None  # the copy is in no block
+    assert a.merged and not b.merged and a.active == ("a",)
+    assert torch.equal(model(x), y)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    assert [model[index].adapters.merged for index in (0, 2, 3)] == [("a",), ("a",), ()]
+    a.unmerge()
+    b.activate("b")
+    b.merge()
+    b.detach()
 
 
 @pytest.mark.parametrize("names", [None, "a", []])
@@ -290,3 +321,102 @@ def test_seed_makes_the_start_repeatable_and_leaves_torch_alone():
     torch.manual_seed(9)
     one = lf.attach(network(), lf.LoRA(r=2)).adapter("0").A
     assert not torch.equal(one, lf.attach(network(), lf.LoRA(r=2)).adapter("0").A)  # torch's own generator goes on
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, 2**70, 2**64, -1, True, [1]], ids=repr)
+def test_a_seed_is_a_whole_number(pair, seed):
+    model, a, _ = pair
+    for call, where in (
+        (lambda: lf.attach(model, lf.LoRA(r=2), name="c", seed=seed), "attach.seed"),
+        (lambda: lf.combine(a, {"a": 1.0}, name="c", how="dare", r=2, seed=seed), "combine.seed"),
+    ):
+        with pytest.raises(lf.ConfigError, match="seed is no seed") as caught:
+            call()
+        assert caught.value.where == where and caught.value.found == repr(seed) and caught.value.fix == "seed=0"
+    assert "c" not in model[0].adapters
+
+
+def test_the_largest_seed():
+    assert lf.attach(network(), lf.LoRA(r=2), seed=2**64 - 1).parameters()
+
+
+def test_a_sample_is_a_sample(x):
+    model = network()
+    with pytest.raises(lf.ConfigError, match="no sample") as caught:
+        lf.attach(model, lf.LoRA(r=2, init="eva"), sample=[x])
+    assert caught.value.found == "a list" and caught.value.fix == "sample=Sample(batches)"
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "eva", "lora_ga"])
+def test_what_is_attached_in_inference_mode_can_be_trained(x, init):
+    model = network()
+    sample = Sample([torch.randn(8, 6)], loss=lambda model, x: model(x).square().sum())
+    with torch.inference_mode():
+        handle = lf.attach(
+            model, lf.LoRA(r=2, init=init), ["0", "2"], sample=sample if init in ("eva", "lora_ga") else None
+        )
+        assert torch.is_inference_mode_enabled()
+    model(x).square().sum().backward()
+    assert any(parameter.grad.any() for parameter in handle.parameters())
+    assert not any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_what_is_loaded_or_combined_in_inference_mode_can_be_trained(pair, x, tmp_path):
+    model, a, b = pair
+    a.save(tmp_path)
+    with torch.inference_mode():
+        loaded = lf.load(model, tmp_path / "a", name="loaded", trainable=True)
+        sums = [
+            lf.combine(b, {"a": 1.0, "b": 0.5}, name=how, how=how, **options)
+            for how, options in (("exact", {}), ("svd", {"r": 4}))
+        ]
+    for handle in (loaded, *sums):
+        handle.activate(handle.name)
+        model(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in handle.parameters())
+
+
+def test_adapters_are_laid_out_as_a_file_gives_them_back(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 47), nn.ReLU(), nn.Linear(47, 33)).eval()
+    sample = Sample([torch.randn(64, 33) for _ in range(2)])
+    handle = lf.attach(model, lf.LoRA(r=5, init="eva"), sample=sample)
+    with torch.no_grad():
+        for path in handle.sites:
+            handle.adapter(path).B.normal_()
+    assert all(parameter.is_contiguous() for parameter in handle.parameters())
+    x = torch.randn(7, 33)
+    y = model(x)
+    handle.save(tmp_path)
+    handle.detach()
+    lf.load(model, tmp_path)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "fix"),
+    [
+        (lf.LoRA(r=64), nn.Linear(6, 8), "a smaller r (rank_pattern={'0': ...}), another method, or exclude=['0']"),
+        (
+            lf.LoRA(r=2),
+            nn.Conv1d(4, 8, 3, groups=4),
+            "another r (rank_pattern={'0': ...}), another method, or exclude=['0']",
+        ),
+        (lf.AdaLoRA(init_r=64, target_r=2, total_steps=9), nn.Linear(6, 8), "another method, or exclude=['0']"),
+        (lf.VeRA(r=6), nn.Conv1d(4, 8, 3, groups=4), "another method, or exclude=['0']"),
+    ],
+    ids=["lora", "lora-groups", "adalora", "vera"],
+)
+def test_a_rank_pattern_is_advised_only_where_one_helps(method, layer, fix):
+    with pytest.raises(lf.ConfigError, match="cannot be put on this layer") as caught:
+        lf.attach(nn.Sequential(layer), method, ["0"])
+    assert caught.value.where == "0" and caught.value.fix == fix
+
+
+def test_no_rank_unties_a_weight():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(lf.ConfigError, match="its weight is also") as caught:
+        lf.attach(model, lf.DeltaLoRA(r=2), ["1"])
+    assert caught.value.fix == "another method, or exclude=['1']"

@@ -21,7 +21,7 @@ from lorafit.errors import ConfigError, LorafitWarning, TrainingError
 from lorafit.layers import SITES, Conv1DSite, Shape
 from lorafit.method import Spot
 from lorafit.methods.adalora import AdaLoRA, AdaLoRAAdapter
-from lorafit.methods.adalora_budget import Averages, Plan, best, lengths, orthogonality, planned
+from lorafit.methods.adalora_budget import Averages, Plan, best, lengths, orthogonality, planned, telling
 from lorafit.methods.adalora_triplets import survivors
 from lorafit.methods.dora import DoRA
 from lorafit.methods.lora_plus import LoRAPlus
@@ -221,10 +221,13 @@ def test_fractions_and_steps():
     assert all(sum(lengths(steps, 0.49, 0.5)) < steps for steps in range(1, 300))
 
 
-@pytest.mark.parametrize(("steps", "interval", "times"), [(24, 1, 18), (100, 7, 11), (1000, 10, 70), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("steps", "interval", "times"), [(24, 2, 9), (100, 7, 11), (1000, 10, 70), (5, 2, 2), (4, 2, 2), (3, 1, 3)]
+)
 def test_a_short_run_is_pruned_little_by_little_too(steps, interval, times):
     plan = planned(steps, 0.1, 0.2, 10, 24, 16)
     assert plan.interval == interval and sum(plan.prunes(t) for t in range(steps + 1)) == times
+    assert planned(steps, 0.1, 0.2, 1, 24, 16).interval == min(interval, 2)  # what never moves cannot come back
 
 
 @pytest.mark.parametrize("steps", [20, 33, 100, 257])
@@ -248,6 +251,14 @@ def test_the_run_must_be_told_its_length():
     assert "total_steps=1000" in str(caught.value.fix)
     assert Run(AdaLoRA(init_r=4, target_r=2, total_steps=9), 100).schedule.plan.steps == 9
     assert Run(AdaLoRA(init_r=4, target_r=2, total_steps=9), None).go().schedule.plan.steps == 9
+
+
+def test_a_length_of_its_own_is_at_most_the_run_s():
+    method = AdaLoRA(init_r=4, target_r=2, total_steps=9)
+    assert Run(method, 9).schedule.plan.steps == 9
+    with pytest.raises(TrainingError, match="greater than the run's") as caught:
+        Run(method, 8)
+    assert caught.value.found == 9 and "at most 8" in str(caught.value) and "leave total_steps out" in caught.value.fix
 
 
 def test_a_run_without_a_step_to_prune_in_does_not_begin():
@@ -331,12 +342,44 @@ class Naive:
             return
         start, end = sum(map(len, self.sites)), self.method.target_r * len(self.sites)
         budget = int(end + (start - end) * (1 - (t - first) / (last - first)) ** 3 + 1e-9)
-        order = sorted(range(len(triplets)), key=lambda i: -scores[i])
+        if t != last and sum(score > 0 for score in scores) < budget:
+            return  # too few scores say anything
+        places, start = [], 0
+        for site in self.sites:
+            own = sorted(range(start, start + len(site)), key=lambda i: (-scores[i], i))
+            places += [own.index(i) for i in range(start, start + len(site))]
+            start += len(site)
+        order = sorted(range(len(triplets)), key=lambda i: (-scores[i], places[i], i))
         for i in order[budget:]:
             triplets[i]["l"].data.zero_()
         if t == last:
             kept = {id(triplets[i]) for i in order[:budget]}
             self.sites = [[tri for tri in site if id(tri) in kept] for site in self.sites]
+
+
+@pytest.mark.parametrize("still", [0, 1, 4, 9])
+def test_a_short_run_is_that_of_algorithm_1_though_its_rate_begins_at_zero(still):
+    method = AdaLoRA(init_r=4, target_r=2, warmup=0, final=2, interval=2, orthogonality=0.3)
+    run = Run(method, 12, lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01))
+    naive = Naive(run, 12)
+    for t in range(1, 13):
+        for optimizer in (run.optimizer, naive.optimizer):
+            optimizer.param_groups[0]["lr"] = 0.0 if t <= still else 2e-3
+        naive.step(*run.data(run.t))
+        run.go()
+        for site, adapter in zip(naive.sites, run.adapters.values(), strict=True):
+            assert len(site) == len(adapter.lam), t
+            for i, tri in enumerate(site):
+                torch.testing.assert_close(adapter.lam[i], tri["l"].data, rtol=1e-6, atol=1e-9)
+        left = sum(sum(mask) for mask in run.masks().values())
+        if t <= still:
+            assert left == 0
+        elif t == still + 1 and t < 10:
+            assert left == 12, "a position is no reason to be pruned"
+        elif t % 2 == 0 or t >= 10:
+            assert left == run.schedule.plan.budget(t)
+    if still == 9:  # no score said anything: as many at each site
+        assert [len(adapter.lam) for adapter in run.adapters.values()] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -557,14 +600,18 @@ def test_a_budget_that_is_the_total_prunes_nothing():
 def test_equal_scores_neither_undershoot_nor_overshoot():
     equal = [torch.ones(4), torch.ones(3), torch.ones(4)]
     for budget in range(12):
-        kept = torch.cat(best(equal, budget)).tolist()
-        assert kept == [True] * budget + [False] * (11 - budget)
+        kept = [each.tolist() for each in best(equal, budget)]
+        counts = [sum(each) for each in kept]
+        assert sum(counts) == budget and kept[1] == [True] * counts[1] + [False] * (3 - counts[1])
+        assert max(counts) - min(counts) <= 1 and counts[0] >= counts[1]
+    assert [sum(each.tolist()) for each in best([torch.tensor([3.0, 2, 0, 0]), torch.zeros(4)], 4)] == [2, 2]
+    assert telling(equal, 11) and not telling([torch.ones(2), torch.zeros(3)], 3)
     run = Run(AdaLoRA(init_r=4, target_r=2, orthogonality=0.0, **SHORT), 30)
     for _ in range(30):  # no data: every gradient, and so every score, is 0
         for parameter in run.net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run.step()
-    assert [len(adapter.lam) for adapter in run.adapters.values()] == [4, 2, 0]
+    assert [len(adapter.lam) for adapter in run.adapters.values()] == [2, 2, 2]
 
 
 def test_a_site_without_gradients_has_the_lowest_scores():

@@ -22,6 +22,7 @@ from lorafit.layers import Acting
 from lorafit.methods.delta_lora import DeltaLoRA, DeltaLoRAAdapter
 from lorafit.methods.initialisers import INITIALISERS
 from lorafit.methods.lora import LoRAAdapter
+from lorafit.state import load_state, save_state
 
 SGD = {"lr": 0.2}
 ADAM = {"lr": 0.02, "eps": 1e-30}
@@ -243,7 +244,20 @@ def lambdas(handle: lf.Handle) -> set[float]:
 
 @pytest.mark.parametrize(
     ("start", "total", "expected"),
-    [(7, None, 7), (7, 40, 7), (0, None, 0), (None, 40, 4), (None, None, 500), (0.25, 40, 10), (0.0, 40, 0)],
+    [
+        (7, None, 7),
+        (7, 40, 7),
+        (0, None, 0),
+        (None, 40, 4),
+        (None, None, 500),
+        (0.25, 40, 10),
+        (0.0, 40, 0),
+        (0.0, None, 0),
+        (None, 5, 1),
+        (None, 1, 1),
+        (0.01, 40, 1),
+        (0, 5, 0),
+    ],
 )
 def test_where_it_starts(start: Any, total: int | None, expected: int):
     handle = lf.attach(small(), DeltaLoRA(start=start, r=2), targets=SITES)
@@ -253,6 +267,45 @@ def test_where_it_starts(start: Any, total: int | None, expected: int):
         assert lambdas(handle) == {0}
         train(handle, optimizer, range(step, step + 1))
     assert lambdas(handle) == ({2} if expected <= 12 else {0})
+
+
+def test_a_departure_before_the_first_step_can_be_taken_back():
+    early = lf.attach(small(), DeltaLoRA(r=2, start=0), targets=SITES, seed=0)
+    later = lf.attach(small(), DeltaLoRA(r=2, start=3), targets=SITES, seed=0)
+    saved = later.optimizer(torch.optim.SGD, **SGD).state_dict()
+    optimizer = early.optimizer(torch.optim.SGD, **SGD)
+    assert lambdas(early) == {2}
+    optimizer.load_state_dict(saved)  # whose K is 3
+    assert lambdas(early) == {0} and early.schedule.facts() == {"start": 3, "started": False}
+    train(early, optimizer, range(3))
+    assert lambdas(early) == {2}
+
+
+def test_a_departure_that_was_loaded_is_not_taken_back(tmp_path):
+    trained, _ = run(DeltaLoRA(r=2, start=1), 4)
+    loaded = lf.load(small(), trained.save(tmp_path), trainable=True)
+    before = [loaded.delta(path) for path in SITES]
+    for total in (40, 20):
+        loaded.optimizer(torch.optim.SGD, total_steps=total, **SGD)
+    assert lambdas(loaded) == {2} and close([loaded.delta(path) for path in SITES], before)
+
+
+def test_a_second_optimizer_may_say_another_length():
+    handle = lf.attach(small(), DeltaLoRA(r=2), targets=SITES, seed=0)
+    for total, k in ((5, 1), (40, 4), (None, 500), (1, 1)):
+        optimizer = handle.optimizer(torch.optim.SGD, total_steps=total, **SGD)
+        assert handle.schedule.facts()["start"] == k and lambdas(handle) == {0}
+    train(handle, optimizer, range(1))
+    assert lambdas(handle) == {2}
+
+
+def test_another_lambda_cannot_take_over_a_state(tmp_path):
+    handle, _ = run(DeltaLoRA(r=2, start=1), 3)
+    save_state(handle, tmp_path)
+    load_state(lf.attach(small(), DeltaLoRA(r=2, start=1), targets=SITES), tmp_path)
+    with pytest.raises(lf.CheckpointError, match="other settings"):
+        load_state(lf.attach(small(), DeltaLoRA(r=2, start=1, lam=0.5), targets=SITES), tmp_path)
+    assert DeltaLoRA(r=2, init="orthogonal").settings()["init"] == "orthogonal"
 
 
 def test_a_share_of_an_unknown_length_is_an_error_that_says_what_to_do():
@@ -489,7 +542,7 @@ def test_initialisers_that_are_not_zero_at_the_start_are_refused(init: str):
 def test_settings():
     method = DeltaLoRA(r=8, alpha=4.0, start=20)
     assert method.scale == 0.5
-    assert method.settings() == {"r": 8, "alpha": 4.0, "scale": 0.5, "lam": 2.0, "start": 20}
+    assert method.settings() == {"r": 8, "alpha": 4.0, "scale": 0.5, "init": "default", "lam": 2.0, "start": 20}
     assert method.at(r=4) == DeltaLoRA(r=4, alpha=4.0, start=20)
     assert DeltaLoRA().settings()["start"] == "0.1 of the run"
 

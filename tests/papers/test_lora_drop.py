@@ -210,6 +210,34 @@ def test_an_adapter_that_learnt_nothing_has_no_score() -> None:
         importance(attached(TRIAL), [])
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("wrap", [lambda inner: inner, DoRA], ids=["lora", "dora"])
+def test_rounding_is_no_score(init: str, wrap: Any, fill: Any) -> None:
+    handle = attached(LoRADrop(wrap(LoRA(r=2, init=init))))
+    with pytest.raises(lf.DataError, match="learnt nothing"):
+        importance(handle, batches())
+    fill(handle, std=1e-3)
+    assert len(importance(handle, batches())) == 6
+
+
+def test_a_mask_that_leaves_nothing_is_said(fill: Any) -> None:
+    handle = attached(TRIAL, fill)
+    nothing, something = torch.zeros(2, 4), torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]])
+    with pytest.raises(lf.DataError, match=r"mask leaves nothing(.|\n)*3 batches"):
+        importance(handle, batches(), mask=lambda batch: nothing)
+    masks = iter([nothing, something, nothing])
+    assert importance(handle, batches(), mask=lambda batch: next(masks))
+
+
+@pytest.mark.parametrize("wrong", [5, None, {"input": torch.zeros(2, 4, 6)}, "batches"], ids=type)
+def test_what_is_no_iterable_of_batches_is_refused(wrong: Any) -> None:
+    with pytest.raises(lf.ConfigError, match=r"importance\(handle, \[batch\]\)"):
+        importance(attached(TRIAL), wrong)
+    with pytest.raises(lf.ConfigError, match=r"Sample\(\[batch\]\)") as caught:
+        lf.Sample(wrong)
+    assert caught.value.where == "Sample.batches"
+
+
 # The choice
 
 SCORES = {"0.q": 0.3, "0.v": 0.05, "0.up": 0.05, "1.q": 0.3, "1.v": 0.3, "1.up": 0.0}
@@ -463,3 +491,73 @@ def test_the_model_compiles_to_one_graph() -> None:
     x = torch.randn(3, 6)
     compiled = torch.compile(layers, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), layers(x), rtol=1e-6)
+
+
+# Initialisers that learn from data first
+
+
+def learning(init: str, *paths: str, wrap: Any = None, **options: Any) -> LoRADrop:
+    inner = LoRA(r=2, alpha=4, init=init)
+    return LoRADrop(inner if wrap is None else wrap(inner), keep=paths, **options)
+
+
+def sample(count: int = 3) -> lf.Sample:
+    """Readable once, as what comes out of a loader often is."""
+    sizes = torch.tensor([4.0, 0.1, 0.1, 0.1, 0.1, 0.1])  # the first site's inputs have one direction above all
+    return lf.Sample(iter([batch * sizes for batch in batches(count)]), lambda model, batch: model(batch))
+
+
+def ranks(handle: lf.Handle) -> dict[str, int]:
+    adapters = {path: handle.adapter(path) for path in handle.sites}
+    plain = {path: each.inner if isinstance(handle.method.inner, DoRA) else each for path, each in adapters.items()}
+    return {path: len(each.A) for path, each in plain.items() if not isinstance(each, BorrowingAdapter)}
+
+
+@pytest.mark.parametrize("wrap", [None, DoRA], ids=["lora", "dora"])
+def test_eva_moves_ranks_between_kept_sites_alone(wrap: Any, fill: Any, tmp_path: Any) -> None:
+    kept = ("0.q", "0.up", "1.v")
+    method = learning("eva", *kept, wrap=wrap)
+    handle = lf.attach(model(), method, seed=0, sample=sample())
+    found = ranks(handle)
+    assert set(found) == {*kept, "0.v", "1.up"}
+    assert sum(found[path] for path in kept) == 6 and min(found.values()) >= 1
+    assert found["0.v"] == found["1.up"] == 2, "shared pairs keep their rank"
+    assert found != dict.fromkeys(found, 2), "ranks have moved"
+    frozen = lf.attach(model(), dataclasses.replace(method, rest="freeze"), seed=0, sample=sample())
+    assert ranks(frozen) == {path: found[path] for path in kept}
+    x = batches()[0]
+    assert torch.allclose(handle.model(x), model()(x), rtol=1e-6), "B = 0"
+    fill(handle, std=0.1)
+    again = lf.load(model(), handle.save(tmp_path), trainable=True)
+    assert again.method == method and again.num_trainable == handle.num_trainable and ranks(again) == found
+
+
+def test_a_shared_pair_has_the_directions_of_its_first_site() -> None:
+    handle = lf.attach(model(), learning("eva", "0.q"), seed=0, sample=sample(1))
+    alone = lf.attach(model(), LoRA(r=2, init="eva"), ["0.v"], seed=0, sample=sample(1))
+    assert torch.allclose(handle.adapter("0.v").A, alone.adapter("0.v").A, atol=1e-5)
+    assert handle.adapter("1.q").common is handle.adapter("0.v")
+
+
+@pytest.mark.parametrize("rest", ["share", "freeze"])
+def test_the_first_gradient_is_that_of_kept_sites_and_of_owners(rest: Any) -> None:
+    handle = lf.attach(model(), learning("lora_ga", "1.v", rest=rest), seed=0, sample=sample())
+    plain = lf.attach(model(), LoRA(r=2, alpha=4, init="lora_ga"), seed=0, sample=sample())
+    owners = ["1.v"] if rest == "freeze" else ["0.q", "0.up", "1.v"]
+    for path in owners:
+        assert torch.allclose(handle.adapter(path).A, plain.adapter(path).A, atol=1e-6)
+    assert list(ranks(handle)) == owners
+
+
+def test_lora_plus_around_it_passes_the_choice_on() -> None:
+    handle = lf.attach(model(), LoRAPlus(inner=learning("eva", "0.q", "1.v")), seed=0, sample=sample())
+    assert len(handle.adapter("0.q").A) + len(handle.adapter("1.v").A) == 4
+    assert len(handle.adapter("0.v").A) == len(handle.adapter("0.up").A) == 2
+
+
+def test_a_kept_site_that_learns_nothing_from_the_sample_is_said() -> None:
+    same = lf.Sample([torch.ones(2, 4, 6)])
+    with pytest.raises(lf.DataError, match=r"fewer directions|never vary"):
+        lf.attach(model(), learning("eva", "0.q"), seed=0, sample=same)
+    with pytest.raises(lf.ConfigError, match=r"keep names layers"):
+        lf.attach(model(), learning("eva", "0.z"), seed=0, sample=sample())

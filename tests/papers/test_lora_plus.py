@@ -232,6 +232,50 @@ def test_what_is_trained_in_full_keeps_the_plain_rate():
     }
 
 
+class Unluckily(nn.Module):
+    """A head whose parameters have the names of factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B, self.P = (nn.Parameter(torch.randn(5, 3, dtype=torch.float64)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.A + self.B + self.P)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoRAPlus(r=4), LoRAPlus(inner=AdaLoRA(init_r=4, target_r=2, total_steps=20)), LoRAPlus(r=4, ratio=1.0), LoRA(r=4)],
+    ids=["lora", "adalora", "ratio 1", "no ratio"],
+)
+def test_what_is_trained_in_full_keeps_the_plain_rate_whatever_it_is_called(method):
+    model = network()
+    model.head = Unluckily()
+    handle = lf.attach(model, method, TARGETS, modules_to_save=["head"], seed=1)
+    found = rates(handle)
+    assert {found[f"head.{key}"] for key in "ABP"} == {LR}
+    groups = handle.param_groups(LR)
+    assert len(groups) == len(set(found.values()))
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(held) == len(set(held)) and set(held) == {id(parameter) for parameter in handle.parameters()}
+    if len(groups) == 1:
+        assert held == [id(parameter) for parameter in handle.parameters()]  # in the order of the plain optimizer
+
+
+def test_what_is_trained_in_full_shares_no_options_that_a_method_gives_its_own():
+    handle = lf.attach(network(), Optioned(r=4), TARGETS, modules_to_save=["head"], seed=1)
+    first, second = handle.param_groups(LR)
+    assert first["weight_decay"] == 0.5 and len(first["params"]) == 4
+    assert second == {"params": list(handle.copies["head"].parameters()), "lr": LR}
+
+
+class Optioned(LoRA):
+    """LoRA with an option of the optimizer of its own."""
+
+    def param_groups(self, named: Any, lr: float) -> list[dict[str, Any]]:
+        return [{**group, "weight_decay": 0.5} for group in super().param_groups(named, lr)]
+
+
 class Grouped(lf.Method):
     """A method with two groups of its own, one of them without a rate, to see them split."""
 

@@ -90,6 +90,25 @@ def test_axes_are_logarithmic_where_most_would_lie_in_a_corner(story: Any, path:
     assert plot.figure.layout.xaxis.type is None, "there is no logarithm of 0"
 
 
+@pytest.mark.parametrize(("most", "kind"), [(7.9, None), (8.1, "log")])
+def test_eight_times_the_middle_is_far(story: Any, path: Path, most: float, kind: str | None) -> None:
+    told = story().tell("run")
+    told.tell("anatomy", step=1, magnitude=moved(1, 1, 1, most), direction=moved(1, 2, 3, 4))
+    (plot,) = anatomy.draw(read_records(told.write(path)))
+    assert plot.figure.layout.xaxis.type == plot.figure.layout.yaxis.type == kind
+
+
+@pytest.mark.parametrize(("most", "step"), [(4, None), (20, "D2"), (9e3, "D2"), (2e4, 1), (1e8, 2), (1e13, 3)])
+def test_a_logarithmic_axis_has_as_many_labels_as_it_needs(
+    story: Any, path: Path, most: float, step: int | str | None
+) -> None:
+    told = story().tell("run")
+    told.tell("anatomy", step=1, magnitude=moved(1, 1, 1, 20), direction=moved(1, 2, 3, most))
+    (plot,) = anatomy.draw(read_records(told.write(path)))
+    assert plot.figure.layout.xaxis.dtick == step
+    assert plot.figure.layout.xaxis.tickformat == ("~g" if step is None else None), "powers of ten, not zeros"
+
+
 def test_what_is_not_finite_is_left_out_and_told(story: Any, path: Path) -> None:
     told = story().tell("run")
     told.tell("anatomy", step=1, magnitude=moved(1, None, 3, 4), direction=moved(0.1, 0.2, None, 0.3), nonfinite=["…"])

@@ -159,14 +159,14 @@ const seen = (cell) => {
   const { width, height } = cell.getBoundingClientRect();
   return { rank: Number(cell.textContent), shade: Number(shade.opacity), colour: shade.backgroundColor, width, height };
 };
-return [...document.querySelectorAll(".ranks .rank")].map(seen)
+return [...document.querySelectorAll(".map .site")].map(seen)
 """
 LABEL = """
-const frame = document.querySelector(".ranks").parentElement;
+const frame = document.querySelector(".map").parentElement;
 frame.scrollLeft = 150;
 return {
   scrolled: frame.scrollLeft,
-  label: document.querySelector(".ranks tbody th").getBoundingClientRect().left - frame.getBoundingClientRect().left,
+  label: document.querySelector(".map tbody th").getBoundingClientRect().left - frame.getBoundingClientRect().left,
 }
 """
 

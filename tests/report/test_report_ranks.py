@@ -20,7 +20,7 @@ def page_of(told: Any, path: Path) -> str:
 
 
 def rows_of(page: str) -> list[list[str]]:
-    (table,) = re.findall(r'<table class="ranks".*?</table>', page, flags=re.DOTALL)
+    (table,) = re.findall(r'<table class="map".*?</table>', page, flags=re.DOTALL)
     rows = re.findall(r"<tr>(.*?)</tr>", table)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
     return [[re.sub("<.*?>", "", cell) for cell in row] for row in cells]

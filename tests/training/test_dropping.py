@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,9 @@ def settings(model_dir: Path, write: Callable[[str, Any], str], tmp_path: Path) 
 def run(settings: dict[str, Any]) -> Iterator[Run]:
     said: list[str] = []
 
-    def run(**changes: Any) -> Outcome:
+    def run(console: Console | None = None, **changes: Any) -> Outcome:
         resolved = resolve([("test", {**settings, **changes})])
-        return train(resolved, command="test", notify=said.append, console=Console(quiet=True))
+        return train(resolved, command="test", notify=said.append, console=console or Console(quiet=True))
 
     run.said = said  # type: ignore[attr-defined]
     yield run
@@ -253,7 +255,21 @@ def test_a_choice_made_with_other_settings_is_made_again(run: Run) -> None:
     path = outcome.folder.path / dropping.DROP
     made = json.loads(path.read_text())
     (outcome.folder.path / "result.json").unlink()
-    for damage in ({**made, "fingerprint": "another", "kept": []}, [], {"fingerprint": made["fingerprint"]}):
+    for damage in (
+        {**made, "fingerprint": "another", "kept": []},
+        [],
+        {"fingerprint": made["fingerprint"]},
+        {**made, "kept": ["model.layers.9.mlp.up_proj"]},
+        {**made, "kept": made["kept"][0]},
+        {**made, "kept": [*made["kept"], 3]},
+        {**made, "kept": []},
+        {**made, "scores": {}},
+        {**made, "scores": dict.fromkeys(made["scores"], "much")},
+        {**made, "scores": {"elsewhere": 1.0}, "kept": ["elsewhere"]},
+        {**made, "shared": 3},
+        {**made, "threshold": None},
+        {**made, "rest": []},
+    ):
         path.write_text(json.dumps(damage))
         (outcome.folder.path / "result.json").unlink(missing_ok=True)
         run(max_steps=2)
@@ -263,3 +279,25 @@ def test_a_choice_made_with_other_settings_is_made_again(run: Run) -> None:
 def test_a_trial_that_learns_nothing_is_told(run: Run) -> None:
     with pytest.raises(lf.DataError, match="learnt nothing"):
         run(learning_rate=0.0)
+
+
+def test_the_trial_tells_its_steps_as_its_own_and_their_speed(run: Run) -> None:
+    text = io.StringIO()
+    run(console=Console(file=text, width=200), max_steps=2, eval_strategy="no")
+    lines = [line for line in text.getvalue().splitlines() if "tokens/s" in line]
+    assert lines[0].startswith("trial, step 1 of 1: ") and lines[-1].startswith("step 2 of 2: ")
+    assert all(int(line.rpartition(", ")[2].split()[0].replace(",", "")) > 0 for line in lines)
+
+
+def test_sigterm_in_the_trial_ends_the_records(
+    run: Run, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [(r["event"], r.get("status")) for r in records(Path(settings["output_dir"]))] == [
+        ("run", None),
+        ("end", "interrupted"),
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before

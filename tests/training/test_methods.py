@@ -59,9 +59,13 @@ def run(model_dir: Path, write: Callable[[str, Any], str], tmp_path: Path) -> Ca
         "use_cpu": True,
     }
 
+    said: list[str] = []
+
     def run(name: str, **changes: Any) -> Outcome:
         resolved = resolve([("test", {**settings, "output_dir": str(tmp_path / name), **changes})])
-        return train(resolved, command="test", notify=lambda _: None, console=Console(quiet=True))
+        return train(resolved, command="test", notify=said.append, console=Console(quiet=True))
+
+    run.said = said  # type: ignore[attr-defined]
 
     return run
 
@@ -111,6 +115,37 @@ def test_ranks_are_recorded_and_pruned_in_the_end(run: Callable[..., Outcome]) -
     assert len(ranks) == 2 and sum(ranks[-1].values()) == 2 * 14
     config = json.loads((outcome.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "ADALORA" and config["total_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ({**CASES["adalora"], "final": 2}, "AdaLoRA: 56 → 28 triplets, pruned every"),
+        (CASES["dora around adalora"], "AdaLoRA: 56 → 28 triplets, pruned every"),
+        (CASES["delta-lora"], "Delta-LoRA: the weights move from step 5 on"),
+    ],
+)
+def test_the_plan_of_a_schedule_is_told(run: Callable[..., Outcome], case: dict[str, Any], told: str) -> None:
+    run("run", **case)
+    said = [line for line in run.said if line.startswith(told)]  # type: ignore[attr-defined]
+    assert len(said) == 1 and (said[0] == told or said[0].endswith(" from 2 to 8 of 10"))
+
+
+def test_a_best_adapter_from_before_the_budget_was_reached_is_told(run: Callable[..., Outcome]) -> None:
+    outcome = run(
+        "run",
+        **CASES["adalora"],
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="supervised_tokens",  # always the same: the first evaluation is the best
+        samples=0,
+    )
+    assert (
+        "the best adapter is of step 1, before the budget was reached: 56 triplets, not 28" in run.said  # type: ignore[attr-defined]
+    )
+    last = records(outcome.folder.path, "schedule")[-1]
+    assert last["step"] == 10 and last["budget"] == 28 and sum(last["ranks"].values()) == 56
 
 
 def test_lengths_and_directions_are_recorded(run: Callable[..., Outcome]) -> None:

@@ -152,6 +152,134 @@ def test_a_checkpoint_that_was_cut_off_is_removed_and_the_one_before_is_used(run
     assert again.steps == 10
 
 
+@pytest.fixture
+def stopped(run: Run, settings: dict[str, Any]) -> Path:
+    """The folder of a run with checkpoints of steps 2 and 4 that seems to have been stopped after them."""
+    outcome = run(max_steps=4, save_steps=2, save_total_limit=5)
+    (outcome.folder.path / "result.json").unlink()
+    shutil.rmtree(outcome.adapter)
+    return outcome.folder.path
+
+
+FROM_2 = "remove checkpoint-4: the same command then goes on from checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "lorafit_state.safetensors"]
+)
+def test_a_checkpoint_that_lacks_a_file_is_not_resumed_from(run: Run, stopped: Path, name: str) -> None:
+    (stopped / "checkpoint-4" / name).unlink()
+    with pytest.raises(lf.CheckpointError, match=f"not a whole one(.|\n)*{name}(.|\n)*{FROM_2}"):
+        run(max_steps=4, save_steps=2, save_total_limit=5)
+    shutil.rmtree(stopped / "checkpoint-4")
+    assert run(max_steps=4, save_steps=2, save_total_limit=5).resumed_from == 2
+
+
+def test_what_to_do_about_the_only_checkpoint_is_to_begin_anew(run: Run, stopped: Path) -> None:
+    shutil.rmtree(stopped / "checkpoint-2")
+    (stopped / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(lf.CheckpointError, match="remove checkpoint-4: the same command then goes on from the start"):
+        run(max_steps=4, save_steps=2, save_total_limit=5)
+
+
+def test_a_checkpoint_of_the_model_alone_cannot_be_asked_for(run: Run) -> None:
+    with pytest.raises(lf.ConfigError, match="save_only_model is not yours to set"):
+        run(save_only_model=True)
+
+
+@pytest.mark.parametrize("content", ["cut", b"", b"[]"], ids=["cut", "empty", "other"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "lorafit_state.safetensors"]
+)
+def test_a_damaged_file_of_a_checkpoint_is_told_with_a_way_on(
+    run: Run, stopped: Path, name: str, content: str | bytes
+) -> None:
+    path = stopped / "checkpoint-4" / name
+    whole = path.read_bytes()
+    path.write_bytes(content if isinstance(content, bytes) else whole[: len(whole) // 2])
+    with pytest.raises(lf.CheckpointError, match=f"checkpoint-4(.|\n)*{name}(.|\n)*{FROM_2}"):
+        run(max_steps=4, save_steps=2, save_total_limit=5)
+    shutil.rmtree(stopped / "checkpoint-4")
+    assert run(max_steps=4, save_steps=2, save_total_limit=5).status == "done"
+
+
+def test_a_state_without_a_key_is_told_with_a_way_on(run: Run, stopped: Path) -> None:
+    path = stopped / "checkpoint-4" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    del state["param_groups"]
+    torch.save(state, path)
+    with pytest.raises(lf.CheckpointError, match=f"KeyError(.|\n)*{FROM_2}"):
+        run(max_steps=4, save_steps=2, save_total_limit=5)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"], ids=["cut", "list", "noise"])
+@pytest.mark.parametrize("name", ["settings.json", "data.json", "result.json"])
+def test_a_damaged_file_of_the_folder_is_named(run: Run, stopped: Path, name: str, content: str) -> None:
+    (stopped / name).write_text(content)
+    with pytest.raises(lf.CheckpointError, match=rf"{name} is damaged(.|\n)*fix: +restore the file"):
+        run(max_steps=4, save_steps=2, save_total_limit=5)
+
+
+def test_a_run_of_one_step_trains(run: Run) -> None:
+    outcome = run(max_steps=1)
+    (step,) = (record for record in records(outcome.folder.path) if record["event"] == "step")
+    assert step["learning_rate"] == pytest.approx(1e-2)
+    stored = load_file(outcome.adapter / "adapter_model.safetensors")
+    assert all(value.any() for key, value in stored.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "planned", "kept"), [(0.03, 33, 0), (0.03, 34, 0.03), (0.5, 2, 0.5), (0, 9, 0), (1, 1, 1), (7, 3, 7)]
+)
+def test_a_warm_up_of_less_than_one_step_is_none(tmp_path: Path, warmup: float, planned: int, kept: float) -> None:
+    from transformers import TrainingArguments
+
+    from lorafit.training.trainer import settle_warmup
+
+    arguments = TrainingArguments(str(tmp_path), warmup_steps=warmup, max_steps=planned, use_cpu=True)
+    settle_warmup(arguments, records=100)
+    assert arguments.warmup_steps == kept
+
+
+def test_the_same_run_writes_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    files = [run(output_dir=str(tmp_path / str(k)), max_steps=1).adapter for k in range(3)]
+    assert len({(folder / "adapter_model.safetensors").read_bytes() for folder in files}) == 1
+
+
+def test_ctrl_c_at_the_end_of_an_epoch_saves_and_evaluates_nothing_more(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.training.trainer import AdapterTrainer
+
+    original = AdapterTrainer.training_step
+
+    def step_then_stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 5:  # the last of the first epoch: 48 records
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", step_then_stop)
+    outcome = run(max_steps=12, save_strategy="epoch")
+    assert outcome.status == "interrupted" and outcome.steps == 6
+    found = records(outcome.folder.path)
+    assert [record["step"] for record in found if record["event"] == "evaluation"] == [0]
+    assert [record["step"] for record in found if record["event"] == "saved"] == [6]
+
+
+def test_a_stop_asked_for_after_the_last_step_of_an_epoch_saves() -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from lorafit.training.callbacks import Interrupt
+
+    interrupt = Interrupt(lambda _: None)
+    arguments, state = TrainingArguments("none", use_cpu=True), TrainerState(global_step=6, max_steps=12)
+    control = interrupt.on_epoch_end(arguments, state, TrainerControl(should_evaluate=True))
+    assert control.should_evaluate and not control.should_training_stop
+    interrupt.requested = True
+    control = interrupt.on_epoch_end(arguments, state, control)
+    assert control.should_save and control.should_training_stop and not control.should_evaluate
+
+
 def test_a_full_disk_is_told_and_costs_the_last_steps_alone(
     run: Run, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:

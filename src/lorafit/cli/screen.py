@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from rich import box
 from rich.console import Console
@@ -48,18 +48,26 @@ class Screen:
             # Not by the console, which would break the line.
             sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False) + "\n")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        right: Collection[int] = (),
+        whole: Collection[int] = (),
+    ) -> None:
         """A table: drawn on a terminal, columns with two spaces between them elsewhere.
 
         Args:
             header: the names of the columns.
             rows: the cells.
             right: the places of columns to align on the right.
+            whole: the places of columns whose cells are not broken, however narrow the terminal is.
         """
         if self.fancy:
             drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
             for place, name in enumerate(header):
-                drawn.add_column(name, justify="right" if place in right else "left", overflow="fold")
+                justify: Literal["left", "right"] = "right" if place in right else "left"
+                drawn.add_column(name, justify=justify, overflow="fold", no_wrap=place in whole)
             for row in rows:
                 drawn.add_row(*(Text(cell) for cell in row))
             self.console.print(drawn)

@@ -229,7 +229,8 @@ class LoraLayout(Layout):
     ) -> dict[str, Adapter]:
         made = blank(method, places)
         if anchored(method):
-            made = {path: _anchored(adapter) for path, adapter in made.items()}
+            done: dict[Adapter, Adapter] = {}
+            made = {path: _anchored(adapter, done) for path, adapter in made.items()}
         for place in places:
             _pour(made[place.path], place.values, record)
         for place in places:
@@ -290,15 +291,21 @@ def _check_dora(description: Description, dora: Sequence[str]) -> None:
 # From a file's two matrices to what an adapter keeps
 
 
-def _anchored(adapter: Adapter) -> Adapter:
-    """The adapter with A₀ and B₀ where it has A and B."""
+def _anchored(adapter: Adapter, done: dict[Adapter, Adapter]) -> Adapter:
+    """The adapter with A₀ and B₀ where it has A and B; `done` says what became of those that others may use too."""
     if isinstance(adapter, DoRAAdapter):
-        adapter.inner = _anchored(adapter.inner)
+        adapter.inner = _anchored(adapter.inner, done)
         return adapter
+    if isinstance(adapter, BorrowingAdapter):
+        owner = adapter.common
+        assert isinstance(owner, Adapter)
+        return BorrowingAdapter(_anchored(owner, done))
     if not isinstance(adapter, LoRAAdapter):
         return adapter
-    a, b = adapter.A.detach(), adapter.B.detach()
-    return AnchoredAdapter(a, b, scale=adapter.scale, dropout=adapter.dropout, groups=adapter.groups)
+    if adapter not in done:
+        a, b = adapter.A.detach(), adapter.B.detach()
+        done[adapter] = AnchoredAdapter(a, b, scale=adapter.scale, dropout=adapter.dropout, groups=adapter.groups)
+    return done[adapter]
 
 
 def _pour(adapter: Adapter, values: Mapping[str, Tensor], record: Record) -> None:

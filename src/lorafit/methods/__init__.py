@@ -54,16 +54,17 @@ def fields_of(kind: type[Method]) -> dict[str, Any]:
 
 
 def method_class(name: object, where: str = "method") -> type[Method]:
-    """The class behind a name, with dashes or underscores. Raises `ConfigError` for a name that is none."""
-    canonical = str(name).replace("_", "-")
+    """The class behind a name, with dashes or underscores, in any case. Raises `ConfigError` for any other name."""
+    canonical = str(name).replace("_", "-").lower()
     if canonical not in METHODS:
+        near = nearest(canonical, METHODS)
         raise ConfigError(
             "unknown method",
             where=where,
             found=repr(name),
             expected=f"one of {', '.join(METHODS)}",
-            near=nearest(canonical, METHODS),
-            fix="method: lora",
+            near=near,
+            fix=f"method: {next(iter(near), 'lora')}",
         )
     return METHODS[canonical]
 
@@ -72,16 +73,30 @@ def inner_class(kind: type[Method], given: object = None) -> type[Method] | None
     """The class of the method inside of a `kind`, as `given` names it or by default; None for one without."""
     if INNER not in fields_of(kind):
         return None
-    if isinstance(given, Mapping):
-        return method_class(given.get("method"), f"{kind.name}: inner")
-    return LoRA if given is None else method_class(given, f"{kind.name}: inner")
+    where = f"{kind.name}: {INNER}"
+    if not isinstance(given, Mapping):
+        return LoRA if given is None else method_class(given, where)
+    if given.get("method") is None:
+        raise ConfigError(
+            "the method inside has settings, and no name: method is missing",
+            where=where,
+            found=repr(dict(given)),
+            expected="method, and settings of that method",
+            fix=f"{INNER}: {{method: {LoRA.name}, ...}}",
+        )
+    return method_class(given["method"], where)
 
 
 def accepts(name: str, inner: object = None) -> dict[str, Any]:
     """The settings that `build` takes for a method, its own and those that it passes on to the method inside."""
     kind = method_class(name)
     within = inner_class(kind, inner)
-    return {**({} if within is None else accepts(within.name)), **fields_of(kind)}
+    return {**({} if within is None else accepts(within.name, _nested(inner))), **fields_of(kind)}
+
+
+def _nested(given: object) -> object:
+    """What a mapping for the method inside says of the one inside of that."""
+    return given.get(INNER) if isinstance(given, Mapping) else None
 
 
 def build(name: str, options: Mapping[str, Any]) -> Method:
@@ -93,7 +108,7 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
             If it is given, settings that both methods have are the inner one's.
 
     Raises:
-        ConfigError: an unknown method or setting, or a value out of range.
+        ConfigError: an unknown method or setting, one that is given flat and in ``inner``, or a value out of range.
 
     >>> build("lora-plus", {"r": 8, "ratio": 2.0}).ratio
     2.0
@@ -105,25 +120,47 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
     within = inner_class(kind, given)
     if within is None:
         _check_known(kind, options, own)
-        return kind(**rest)
+        return kind(**_frozen(rest))
     rest.pop(INNER, None)
-    if isinstance(given, Mapping):
-        rest.update((key, value) for key, value in given.items() if key != "method")
-    passed = accepts(within.name)
+    passed = accepts(within.name, _nested(given))
     _check_known(kind, rest, {**passed, **own})
+    if isinstance(given, Mapping):
+        named = {key: value for key, value in given.items() if key != "method"}
+        _check_known(within, named, passed, f"{kind.name}: {INNER}")
+        _check_once(kind, rest, named)
+        rest.update(named)
     inside = {key: value for key, value in rest.items() if key in passed and (key not in own or given is not None)}
     mine = {key: value for key, value in rest.items() if key not in inside}
     if inside or given is not None:
         mine[INNER] = build(within.name, inside)
-    return kind(**mine)
+    return kind(**_frozen(mine))
 
 
-def _check_known(kind: type[Method], options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _frozen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With tuples for lists: files have no others."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _check_once(kind: type[Method], flat: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+    for key in flat:
+        if key in named:
+            raise ConfigError(
+                "a setting of the method inside is given twice",
+                where=f"{kind.name}: {INNER}",
+                found=f"{key}={flat[key]!r} and {INNER}.{key}={named[key]!r}",
+                expected=f"{key}, once",
+                fix=f"remove one of {key} and {INNER}.{key}",
+            )
+
+
+def _check_known(
+    kind: type[Method], options: Mapping[str, Any], known: Mapping[str, Any], where: str | None = None
+) -> None:
     for key in options:
         if key not in known:
             raise ConfigError(
                 f"{kind.name} has no such setting",
-                where=kind.__name__,
+                where=where or kind.__name__,
                 found=repr(key),
                 expected=f"one of {', '.join(known)}",
                 near=nearest(key, known),
@@ -153,8 +190,5 @@ def revive(plain: Mapping[str, Any]) -> Method:
     kind = method_class(plain.get("method"))
     values = {key: value for key, value in plain.items() if key != "method"}
     _check_known(kind, values, fields_of(kind))
-    made = {
-        key: revive(value) if isinstance(value, Mapping) else tuple(value) if isinstance(value, list) else value
-        for key, value in values.items()
-    }
-    return kind(**made)
+    made = {key: revive(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return kind(**_frozen(made))

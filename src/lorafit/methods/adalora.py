@@ -21,9 +21,12 @@ Trained: P, Λ, Q. Count: r (in + out / groups + 1) per site with r = init_r, an
 Init: Λ = 0, so Δ = 0; P and Q ~ N(0, 0.02²).
 Schedule: after every ΔT-th step between t_i and T − t_f, the b(t) best triplets of all sites together keep their λ.
 The others get 0, and may come back. After step T − t_f the choice is final, and what it leaves out is removed: P, Λ,
-Q and what the optimizer holds for them become smaller, and the last t_f steps cheaper. Of equal scores the earlier
-site's, and there the earlier triplet, is better: there are always exactly b(t). ΔT is at most a tenth of the pruning
-phase, so that a short run is pruned little by little too. If the run is distributed, or the optimizer holds something
+Q and what the optimizer holds for them become smaller, and the last t_f steps cheaper. As long as every λ is 0 (in the
+first step, or while the learning rate is 0) every score is 0 and says nothing: with fewer scores above 0 than b(t)
+nothing is pruned, but for the last time, step T − t_f. Equal scores are shared out evenly: the best triplet of each
+site comes before the second ones, then the earlier site's; there are always exactly b(t). ΔT is at most a tenth of the
+pruning phase, so that a short run is pruned little by little too, and at least 2 if that phase has 4 steps: what is
+pruned at every step never moves, and cannot come back. If the run is distributed, or the optimizer holds something
 whose parts cannot be told apart, the tensors keep their size and λ is held at 0, with the same result.
 
 Deviations. From paper and published code: I takes the gradient of the task's loss C as the optimizer would get it
@@ -87,10 +90,12 @@ class AdaLoRA(Method):
         target_r: the triplets of a site at the end, on average over the sites, from 1 to `init_r`.
         alpha: α, greater than 0; None means 2 init_r.
         dropout: probability of dropping the adapter's own input in training, in [0, 1).
-        total_steps: T, the optimizer steps of the run; None leaves it to `handle.optimizer(total_steps=)`.
+        total_steps: T, the optimizer steps of the run; None leaves it to `handle.optimizer(total_steps=)`. It may be
+            less than the run has, and not more: the budget would not be reached.
         warmup: t_i, before the first pruning: a whole number of steps, or a fraction of the run in [0, 1).
         final: t_f, after the last pruning: likewise. At least one step must be left between the two.
-        interval: ΔT, the steps between two prunings; a tenth of the pruning phase where that is less.
+        interval: ΔT, the steps between two prunings; a tenth of the pruning phase where that is less, and at least 2
+            where that phase has 4 steps.
         beta1: β₁, the weight of the past in the average sensitivity, in (0, 1).
         beta2: β₂, the same for its spread.
         orthogonality: γ, the weight of the penalty, at least 0.

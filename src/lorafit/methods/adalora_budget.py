@@ -15,7 +15,9 @@ from torch import Tensor
 from lorafit.errors import TrainingError
 
 ROUNDS = 10
-"""In how many rounds the budget falls at least, if the run has as many steps."""
+"""In how many rounds the budget falls at least, if the run has twice as many steps to prune in."""
+APART = 2
+"""The steps between two prunings at least: a λ that was pruned must move, and be seen, before it is judged again."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def planned(steps: int, warmup: float, final: float, interval: int, start: int, 
         warmup: t_i in steps, or as a fraction of the run; `final`, t_f, likewise.
         final: see warmup.
         interval: ΔT, if the pruning phase has ten of them; else a tenth of that phase, so that a short run is pruned
-            little by little too.
+            little by little too; but at least 2 where the phase has 4 steps.
         start: b₀.
         end: b_T.
 
@@ -89,7 +91,7 @@ def planned(steps: int, warmup: float, final: float, interval: int, start: int, 
         TrainingError: no step is left to prune in.
 
     >>> [planned(steps, 0.1, 0.2, 10, 24, 16).interval for steps in (1000, 100, 24)]
-    [10, 7, 1]
+    [10, 7, 2]
     """
     first, last = lengths(steps, warmup, final)
     between = steps - first - last
@@ -101,7 +103,8 @@ def planned(steps: int, warmup: float, final: float, interval: int, start: int, 
             where="AdaLoRA.warmup, AdaLoRA.final",
             fix="warmup=0.1, final=0.2: fractions of the run",
         )
-    return Plan(steps, first, last, min(interval, max(1, between // ROUNDS)), start, min(start, end))
+    least = APART if between >= 2 * APART else 1
+    return Plan(steps, first, last, max(least, min(interval, between // ROUNDS)), start, min(start, end))
 
 
 class Averages:
@@ -136,11 +139,26 @@ class Averages:
         return (s["lam"] + s["P"].mean(dim=2) + s["Q"].mean(dim=3)).flatten(1)
 
 
+def telling(scores: Sequence[Tensor], budget: int) -> bool:
+    """Whether the scores can tell which `budget` triplets are best: as many are greater than 0."""
+    return sum(int(torch.count_nonzero(each > 0)) for each in scores) >= budget
+
+
 def best(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Which triplets of each site, True, are among the `budget` best of all; of equal ones the earlier is better."""
-    flat = torch.cat([each.to(scores[0].device) for each in scores])
+    """Which triplets of each site, True, are among the `budget` best of all.
+
+    Of equal ones that with fewer better ones at its own site is better, so that no site loses all of them; then the
+    earlier site's. At one site the earlier triplet is better.
+
+    >>> [each.int().tolist() for each in best([torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.2, 0.1])], 5)]
+    [[1, 1, 0], [1, 0, 0], [0, 1, 1]]
+    """
+    placed = [each.to(scores[0].device) for each in scores]
+    flat = torch.cat(placed)
+    ranks = [torch.argsort(torch.argsort(each, descending=True, stable=True)) for each in placed]
+    turn = torch.argsort(torch.cat(ranks), stable=True)
     live = torch.zeros_like(flat, dtype=torch.bool)
-    live[torch.argsort(flat, descending=True, stable=True)[:budget]] = True
+    live[turn[torch.argsort(flat[turn], descending=True, stable=True)[:budget]]] = True
     parts = torch.split(live, [len(each) for each in scores])
     return [part.to(each.device) for part, each in zip(parts, scores, strict=True)]
 

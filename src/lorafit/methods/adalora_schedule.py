@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafit.errors import LorafitWarning, TrainingError
 from lorafit.method import Schedule
-from lorafit.methods.adalora_budget import Averages, Plan, best, orthogonality, planned
+from lorafit.methods.adalora_budget import Averages, Plan, best, orthogonality, planned, telling
 from lorafit.methods.adalora_triplets import TRIPLET, Triplets, alone, blocks, separable, shrink, survivors
 
 
@@ -40,6 +40,8 @@ class AdaLoRASchedule(Schedule):
         adapters: by path.
     """
 
+    needs_gradients = True
+
     def __init__(self, course: Course, adapters: Mapping[str, Triplets]) -> None:
         self._course = course
         self._adapters = dict(adapters)
@@ -54,7 +56,16 @@ class AdaLoRASchedule(Schedule):
 
     def begin(self, total_steps: int | None) -> None:
         if self.step == 0:  # one that was resumed goes on as it began
-            self._steps = total_steps if self._course.total_steps is None else self._course.total_steps
+            own = self._course.total_steps
+            if own is not None and total_steps is not None and own > total_steps:
+                raise TrainingError(
+                    "AdaLoRA's own total_steps is greater than the run's: the budget would not be reached",
+                    found=own,
+                    expected=f"at most {total_steps}, the steps of this run",
+                    where="AdaLoRA.total_steps",
+                    fix="leave total_steps out: the run's own is taken",
+                )
+            self._steps = total_steps if own is None else own
             self._plan()
 
     def _plan(self) -> None:
@@ -142,13 +153,17 @@ class AdaLoRASchedule(Schedule):
         assert self.plan is not None
         self.step += 1
         if not self.finished and self.plan.prunes(self.step):
-            scores = {p: s for paths, each in self._averages.items() for p, s in zip(paths, each.scores(), strict=True)}
-            chosen = best([scores[path] for path in self._adapters], self.plan.budget(self.step))
-            live = dict(zip(self._adapters, chosen, strict=True))
-            self._hold(live)
-            if self.step == self.plan.last:
-                self.finished, self._averages, self._live = True, {}, live
-                self._remove(optimizer)
+            by_path = {
+                p: s for paths, each in self._averages.items() for p, s in zip(paths, each.scores(), strict=True)
+            }
+            scores, budget = [by_path[path] for path in self._adapters], self.plan.budget(self.step)
+            last = self.step == self.plan.last
+            if last or telling(scores, budget):
+                live = dict(zip(self._adapters, best(scores, budget), strict=True))
+                self._hold(live)
+                if last:
+                    self.finished, self._averages, self._live = True, {}, live
+                    self._remove(optimizer)
         self._hold(self._live)
 
     def _hold(self, live: Mapping[str, Tensor]) -> None:
@@ -210,6 +225,15 @@ class AdaLoRASchedule(Schedule):
         plan = {} if self.plan is None else {"budget": self.plan.budget(self.step), "interval": self.plan.interval}
         ranks = dict(zip(self._adapters, torch.stack(counts).tolist() if counts else (), strict=True))
         return {"step": self.step, **plan, "ranks": ranks}
+
+    def told(self) -> str | None:
+        if self.plan is None:
+            return None
+        plan = self.plan
+        first = next(step for step in range(plan.warmup + 1, plan.last + 1) if plan.prunes(step))
+        every = "every step" if plan.interval == 1 else f"every {plan.interval:,} steps"
+        when = f"{every} from {first:,} to {plan.last:,}" if first < plan.last else f"once, after step {first:,}"
+        return f"AdaLoRA: {plan.start:,} → {plan.end:,} triplets, pruned {when} of {plan.steps:,}"
 
 
 def _sizes(tensors: Iterable[Tensor]) -> tuple[int, ...]:

@@ -92,6 +92,12 @@ class DeltaLoRAAdapter(Adapter):
             self.B_K.copy_(self.B)
             self.lam.fill_(lam)
 
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """W does not move yet after all. An adapter that has learnt since it departed is left as it is."""
+        if torch.equal(self.A_K, self.A) and torch.equal(self.B_K, self.B):
+            self.lam.zero_()
+
     def extra_repr(self) -> str:
         return f"r={self.A.shape[0]}, scale={self.scale:g}"
 
@@ -112,11 +118,12 @@ class Departure(Schedule):
         self._count = 0
         self._k: int | None = None
         self._checked = False
+        self._early: list[DeltaLoRAAdapter] = []  # those that departed before the first step
 
     def begin(self, total_steps: int | None) -> None:
         if self._count == 0:  # a run that is under way keeps its K
             self._k = self._resolve(total_steps)
-            self._depart()
+            self._begin()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._k is None:
@@ -140,16 +147,33 @@ class Departure(Schedule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._count, self._k = state["count"], state["K"]
         self._checked = False
+        self._begin()
 
     def facts(self) -> dict[str, Any]:
         return {"start": self._k, "started": self._k is not None and self._count >= self._k}
 
+    def told(self) -> str | None:
+        if self._k is None or not self._lam:
+            return None
+        return f"Delta-LoRA: the weights move from step {self._k + 1:,} on"
+
     def _resolve(self, total_steps: int | None) -> int | None:
-        if isinstance(self._start, int):
-            return self._start
+        if isinstance(self._start, int) or self._start == 0:
+            return int(self._start)
         if total_steps is not None:
-            return round(total_steps * (SHARE if self._start is None else self._start))
+            # With K = 0 it would be another method, LoRA at α (1 + λ): that is for who asks for it by start=0.
+            return max(1, round(total_steps * (SHARE if self._start is None else self._start)))
         return STEPS if self._start is None else None
+
+    def _begin(self) -> None:
+        """Departs where K is 0. What another K made depart before is taken back: adapters that came so are not."""
+        if self._k is None or self._count < self._k:
+            for adapter in self._early:
+                adapter.take_back()
+            self._early = []
+        elif self._count == 0:
+            self._early += [adapter for adapter in self._adapters.values() if adapter.lam == 0]
+            self._depart()
 
     def _depart(self) -> None:
         if self._count == self._k:
@@ -178,7 +202,8 @@ class DeltaLoRA(Method):
         alpha: α, greater than 0; None means 2 r.
         lam: λ, at least 0: how far the weight moves with each step of s B A.
         start: K: the weight moves after this many optimizer steps (a whole number), or after this share of the run (a
-            fraction of less than 1). None: a tenth of the run, or 500 steps where its length is not known.
+            fraction of less than 1; never before the first step, unless it is 0). None: a tenth of the run, or 500
+            steps where its length is not known.
         init: name of an initialiser with B A = 0, see `lorafit.methods.initialisers`.
 
     Raises:
@@ -243,7 +268,7 @@ class DeltaLoRA(Method):
         return self._lora.wasteful(spot)
 
     def adapter_settings(self) -> tuple[object, ...]:
-        return (self.name, self.r, self.scale)
+        return (self.name, self.r, self.scale, self.lam)
 
     def ups(self) -> tuple[str, ...]:
         return ("B",)
@@ -253,7 +278,14 @@ class DeltaLoRA(Method):
 
     def settings(self) -> dict[str, object]:
         start = f"{SHARE:g} of the run" if self.start is None else self.start
-        return {"r": self.r, "alpha": self._lora.resolved_alpha, "scale": self.scale, "lam": self.lam, "start": start}
+        return {
+            "r": self.r,
+            "alpha": self._lora.resolved_alpha,
+            "scale": self.scale,
+            "init": self.init,
+            "lam": self.lam,
+            "start": start,
+        }
 
     def schedule(self, adapters: Mapping[str, Adapter]) -> Schedule | None:
         return Departure(adapters, self.lam, self.start)

@@ -98,12 +98,20 @@ def first_signs(rows: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
 
 
-def share_out(explained: Sequence[Sequence[float]], budget: int) -> list[int]:
+def share_out(explained: Sequence[Sequence[float]], budget: int, least: int = 0) -> list[int]:
     """How many of the `budget` largest figures each row has; of equal ones the earlier site's come first.
+
+    The first `least` of each row come before all others.
 
     >>> share_out([[0.5, 0.1], [0.9, 0.4, 0.3]], 3)
     [1, 2]
+    >>> share_out([[0.1, 0.1], [0.9, 0.4, 0.3]], 3), share_out([[0.1, 0.1], [0.9, 0.4, 0.3]], 3, least=1)
+    ([0, 3], [1, 2])
     """
-    figures = [(-figure, site) for site, row in enumerate(explained) for figure in row]
+    figures = [
+        (-math.inf if place < least else -figure, site)
+        for site, row in enumerate(explained)
+        for place, figure in enumerate(row)
+    ]
     chosen = Counter(site for _, site in sorted(figures)[:budget])
     return [chosen[site] for site in range(len(explained))]

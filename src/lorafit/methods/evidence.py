@@ -75,6 +75,8 @@ class InputDirections(Evidence):
     Args:
         rho: ρ, at least 1: no site's rank becomes more than ρ times what it was. With 1 all ranks stay.
         tau: τ, the cosine at which a direction has converged.
+        fixed: paths of sites that keep their rank, and neither give to the others nor take from them.
+        least: the rank that each of the others gets before the rest is shared out, 0 or 1.
 
     Raises:
         ConfigError: ρ or τ is out of range.
@@ -82,6 +84,8 @@ class InputDirections(Evidence):
 
     rho: float = RHO
     tau: float = TAU
+    fixed: frozenset[str] = frozenset()
+    least: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.rho < math.inf:
@@ -112,16 +116,27 @@ class InputDirections(Evidence):
                 for watch in watches.values():
                     watch.mask = _mask(batch)
                 _ = _call(model, batch) if sample.loss is None else sample.loss(model, batch)
-                shares = share_out([each.explained() for each in found], sum(ranks))
+                shares = self._shares(spots, ranks, [each.explained() for each in found])
                 for watch, share in zip(watches.values(), shares, strict=True):
                     watch.open = not watch.directions.converged(share, self.tau)
                 if not any(watch.open for watch in watches.values()):
                     break
             _need_batches(seen)
+        if not any(each.count for each in found) and any(watch.reached for watch in watches.values()):
+            raise _nothing_left("saw an input", "positions that the attention_mask leaves", 'the "attention_mask"')
         return self._spots(spots, ranks, found, shares)
 
     def _limit(self, spot: Spot, r: int) -> int:
-        return min(round(self.rho * r), spot.shape.out, spot.shape.inn)
+        most = r if spot.path in self.fixed else round(self.rho * r)
+        return min(most, spot.shape.out, spot.shape.inn)
+
+    def _shares(self, spots: Sequence[Spot], ranks: Sequence[int], explained: Sequence[Sequence[float]]) -> list[int]:
+        shares = [min(r, len(row)) for r, row in zip(ranks, explained, strict=True)]
+        free = [place for place, spot in enumerate(spots) if spot.path not in self.fixed]
+        budget = sum(ranks[place] for place in free)
+        for place, share in zip(free, share_out([explained[each] for each in free], budget, self.least), strict=True):
+            shares[place] = share
+        return shares
 
     def _spots(
         self, spots: Sequence[Spot], ranks: Sequence[int], found: Sequence[Directions], shares: Sequence[int]
@@ -165,6 +180,10 @@ class FirstGradients(Evidence):
                 result = _call(model, batch) if sample.loss is None else sample.loss(model, batch)
                 _loss(result, given=sample.loss is not None).backward()  # type: ignore[no-untyped-call]
             _need_batches(seen)
+            if sums and not any(bool(total.any()) for total in sums.values()):
+                raise _nothing_left(
+                    "got a gradient", "a loss that depends on the layers", 'the "labels" (-100 is none), the mask'
+                )
             return [replace(spot, evidence=_mean(spot.path, used[spot.path], sums, seen)) for spot in spots]
 
 
@@ -175,10 +194,12 @@ class _Watch:
         self.path, self.site, self.directions = path, site, directions
         self.mask: Tensor | None = None
         self.open = True
+        self.reached = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.open:
             return
+        self.reached = True
         x = args[0] if args else next(iter(kwargs.values()))
         kind = x.device.type
         # The model may run under autocast; its inputs' directions are wanted in full precision.
@@ -292,7 +313,7 @@ def _loss(result: object, *, given: bool) -> Tensor:
             fix="return loss.mean()" if given else "put labels into the batches, or give Sample(batches, loss=...)",
         )
     if not loss.isfinite():
-        raise _not_finite("the loss", "a batch of the sample")
+        raise _not_finite("the loss", "a batch of the sample", "; labels that are all -100 have no mean")
     if not loss.requires_grad:
         raise ConfigError(
             "the loss depends on none of the adapted layers",
@@ -376,5 +397,16 @@ def _unseen(path: str, what: str, expected: str) -> DataError:
     )
 
 
-def _not_finite(what: str, where: str) -> DataError:
-    return DataError(f"{what} is not finite", where=where, found="inf or nan", fix="check the sample and the model")
+def _nothing_left(what: str, expected: str, suspects: str) -> DataError:
+    return DataError(
+        f"not one of the layers {what} in the whole sample: the mask or the labels of its batches leave nothing",
+        where="Sample.batches",
+        found="batches that count nowhere",
+        expected=expected,
+        fix=f"look at {suspects} and the loss of these batches",
+    )
+
+
+def _not_finite(what: str, where: str, hint: str = "") -> DataError:
+    fix = f"check the sample and the model{hint}"
+    return DataError(f"{what} is not finite", where=where, found="inf or nan", fix=fix)

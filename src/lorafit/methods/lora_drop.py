@@ -16,7 +16,9 @@ data. Its adapter is scored by `importance`, thrown away, and attached anew as `
 
 Trained: A and B of every kept site, and one pair for all other sites of a shape (`rest="freeze"`: none). Count: that of
 LoRA over the kept sites plus one site of each shape of the others (`LoRADrop.count`). Init: the inner method's; an
-initialiser that looks at the weight sees, for a shared pair, that of the first site. Schedule: the inner one's.
+initialiser that looks at the weight, the inputs or the gradient sees, for a shared pair, those of the first site. The
+ranks that EVA moves go from kept site to kept site: each has one at least, and a shared pair keeps its r. Schedule: the
+inner one's.
 
 Deviations. The paper's code is not published. `rest="freeze"` is not in the paper: the sites stay as they are, and
 backward ends at the lowest kept one. Sites share only what is equal in shape, device and inner method. Around DoRA the
@@ -33,14 +35,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafit.delta import Update
-from lorafit.errors import ConfigError, nearest, some
-from lorafit.layers import Shape
-from lorafit.method import Adapter, Around, Method, Sharing, Spot
+from lorafit.errors import ConfigError, DataError, nearest, some
+from lorafit.layers import Shape, Site
+from lorafit.method import Adapter, Around, Evidence, Method, Sample, Sharing, Spot
 from lorafit.methods import fewest, validate
 from lorafit.methods.dora import DoRA
+from lorafit.methods.evidence import InputDirections
 from lorafit.methods.lora import LoRA
 
 REFUSED: Mapping[str, str] = {
@@ -69,6 +72,55 @@ class BorrowingAdapter(Sharing):
 
     def extra_repr(self) -> str:
         return "shares an adapter with another site"
+
+
+def _alike(spot: Spot) -> object:
+    """What two sites have in common that may share an adapter."""
+    return (spot.shape, spot.device, spot.dtype, spot.method)
+
+
+@dataclass(frozen=True)
+class ChosenEvidence(Evidence):
+    """The evidence of the sites that get an adapter of their own or own a shared one; the others have no part in it.
+
+    Args:
+        inner: what is learnt.
+        method: the choice of sites.
+    """
+
+    inner: Evidence
+    method: LoRADrop
+
+    def gather(self, model: nn.Module, sites: Mapping[str, Site], spots: Sequence[Spot], sample: Sample) -> list[Spot]:
+        """All spots; those of kept sites with evidence and ranks, those that own a shared pair with evidence.
+
+        Raises:
+            ConfigError: a kept path that is none of the spots'.
+            DataError: as the inner evidence, or a kept site with nothing to learn from.
+        """
+        self.method.check_keep([spot.path for spot in spots])
+        kept = set(self.method.keep or ())
+        first = dict[object, str]()
+        if self.method.rest == "share":
+            for spot in spots:
+                if spot.path not in kept:
+                    first.setdefault(_alike(spot), spot.path)
+        owners = frozenset(first.values())
+        looked = [spot for spot in spots if spot.path in kept or spot.path in owners]
+        inner = self.inner
+        if isinstance(inner, InputDirections):
+            inner = replace(inner, fixed=owners, least=1)
+        learnt = {spot.path: spot for spot in inner.gather(model, sites, looked, sample)} if looked else {}
+        absent = [spot.path for spot in looked if spot.path not in learnt]
+        if absent:
+            raise DataError(
+                "a layer that is to have an adapter learns nothing from this sample: its inputs never vary",
+                where=absent[0],
+                found=f"{len(absent)} such layers: {some(absent, 3)}",
+                expected="inputs that differ",
+                fix="give the sample other batches, or leave the layer out of keep",
+            )
+        return [learnt.get(spot.path, spot) for spot in spots]
 
 
 @dataclass(frozen=True)
@@ -129,10 +181,10 @@ class LoRADrop(Around):
     def adapters(self, spots: Sequence[Spot], *, generator: torch.Generator | None = None) -> dict[str, Adapter]:
         if self.keep is None:
             return super().adapters(spots, generator=generator)
-        self._check_keep([spot.path for spot in spots])
+        self.check_keep([spot.path for spot in spots])
         kept, owners, made = set(self.keep), dict[object, Adapter](), dict[str, Adapter]()
         for spot in map(self.inside, spots):
-            alike = (spot.shape, spot.device, spot.dtype, spot.method)
+            alike = _alike(spot)
             if spot.path in kept:
                 made[spot.path] = spot.method.adapter(spot, generator=generator)
             elif alike in owners:
@@ -141,7 +193,12 @@ class LoRADrop(Around):
                 owners[alike] = made[spot.path] = spot.method.adapter(spot, generator=generator)
         return made
 
-    def _check_keep(self, paths: Sequence[str]) -> None:
+    def evidence(self) -> Evidence | None:
+        inner = self.within.evidence()
+        return inner if inner is None or self.keep is None else ChosenEvidence(inner, self)
+
+    def check_keep(self, paths: Sequence[str]) -> None:
+        """Raises `ConfigError` for a kept path that is none of these."""
         strange = [path for path in self.keep or () if path not in set(paths)]
         if strange:
             raise ConfigError(

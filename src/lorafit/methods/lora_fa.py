@@ -87,6 +87,8 @@ class Correction(Schedule):
         adapters: module path → adapter.
     """
 
+    needs_gradients = True
+
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self._adapters = {path: each for path, each in adapters.items() if isinstance(each, LoRAFAAdapter)}
         self._factors: dict[str, _Factor] = {}

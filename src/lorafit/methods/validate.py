@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import TypeGuard
 
+import torch
+
 from lorafit.errors import ConfigError, nearest
 from lorafit.method import Method
 
@@ -72,6 +74,21 @@ def dropout(where: str, value: object) -> None:
             expected="a probability of at least 0 and less than 1",
             fix="dropout=0.0",
         )
+
+
+def generator(where: str, seed: object) -> torch.Generator | None:
+    """A generator on the CPU of a seed that is a whole number from 0 to 2⁶⁴ − 1; None for None."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ConfigError(
+            f"{_field(where)} is no seed",
+            where=where,
+            found=repr(seed),
+            expected="a whole number from 0 to 2**64 - 1, or None",
+            fix=f"{_field(where)}=0",
+        )
+    return torch.Generator().manual_seed(seed)
 
 
 def flag(where: str, value: object) -> None:

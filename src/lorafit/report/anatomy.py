@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import StatisticsError, correlation, fmean, median
-from typing import Final
+from typing import Any, Final
 
 from lorafit.errors import some
 from lorafit.report import tables, text
@@ -20,8 +21,14 @@ HEIGHT: Final = 460
 STEPS: Final = 4
 """So many recorded steps are drawn at most: with more, each site's dots run into each other."""
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-CROWDED: Final = 20
+CROWDED: Final = 8
 """Axes are logarithmic where the largest number is so many times the middle one."""
+NARROW: Final = 0.8
+"""On fewer decades, hardly any power of ten would lie on a logarithmic axis."""
+MANY: Final = 4
+"""From so many decades on, only powers of ten have labels."""
+LABELS: Final = 6
+"""They are about so many at most, which a narrow screen has room for."""
 REFERENCE: Final = (
     "For comparison, Liu et al. (2024, arXiv:2402.09353) report \N{MINUS SIGN}0.62 for full fine-tuning, +0.83 for "
     "LoRA and \N{MINUS SIGN}0.31 for DoRA, on another model and other data; the sign depends on the run."
@@ -72,9 +79,11 @@ def draw(run: Run) -> list[Plot]:
             hovertemplate="%{text}<br>step %{customdata:,d}<br>ΔD %{x:.3g}<br>ΔM %{y:.3g}<extra></extra>",
         )
     is_far = _crowded(last) and all(dot.direction > 0 and dot.magnitude > 0 for dot in dots)
-    scale = {"type": "log", "dtick": 1} if is_far else {"rangemode": "tozero"}
-    figure.update_xaxes(title={"text": "ΔD, change of direction", "standoff": 8}, tickformat="~g", **scale)
-    figure.update_yaxes(title={"text": "ΔM, change of length", "standoff": 8}, tickformat="~g", **scale)
+    named = (("x", "ΔD, change of direction", [dot.direction for dot in dots]),
+             ("y", "ΔM, change of length", [dot.magnitude for dot in dots]))  # fmt: skip
+    for letter, title, values in named:
+        scale = _logarithmic(values) if is_far else {"rangemode": "tozero", "tickformat": "~g"}
+        figure.update_layout({f"{letter}axis": {"title": {"text": title, "standoff": 8}, **scale}})
     notes = _notes(last, shown, recorded=len(moved), is_far=is_far)
     if lost := [f"{count:,} at step {step:,}" for step in shown if (count := _lost(run, step))]:
         notes.append(f"Sites that are not drawn, since what was measured is not a finite number: {some(lost)}.")
@@ -136,6 +145,14 @@ def _crowded(dots: Sequence[Dot]) -> bool:
         max(values) > CROWDED * median(values)
         for values in ([dot.direction for dot in dots], [dot.magnitude for dot in dots])
     )
+
+
+def _logarithmic(values: Sequence[float]) -> Mapping[str, Any]:
+    """A logarithmic axis for positive values: decades, with 2 and 5 between them where there are few decades."""
+    decades = math.log10(max(values)) - math.log10(min(values))
+    if decades < NARROW:
+        return {"type": "log", "tickformat": "~g"}  # plotly takes round numbers then, as on a linear axis
+    return {"type": "log", "dtick": "D2" if decades < MANY else math.ceil(decades / LABELS)}
 
 
 def _correlation(dots: Sequence[Dot]) -> str:

@@ -82,13 +82,6 @@ class Line:
             raise self._wrong(key, "a list of texts or null")
         return tuple(values)
 
-    def numbers(self, key: str) -> Mapping[str, float]:
-        """The object of numbers under `key`; empty when it is null or missing."""
-        values = self.mapping(key)
-        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values.values()):
-            raise self._wrong(key, "an object of numbers or null")
-        return values
-
     def measured(self, key: str) -> Mapping[str, float | None]:
         """The object of numbers, or nulls for those that were not finite, under `key`; empty when null or missing."""
         values = self.mapping(key)

@@ -64,10 +64,10 @@ def write_report(records_path: Path | str, html_path: Path | str) -> Path:
 
 def render(run: Run) -> str:
     """The page of `run`, as HTML."""
-    curves, choice, budget, moved = draw(run), importance.draw(run), ranks.draw(run), anatomy.draw(run)
+    curves, budget, moved = draw(run), ranks.draw(run), anatomy.draw(run)
     summary = summarize(run)
     library, script = _embedded(plotly_script()), _asset("page.js")
-    data = text.script_json({"figures": as_json([*curves, *choice, *budget, *moved]), "dark": exchange()})
+    data = text.script_json({"figures": as_json([*curves, *budget, *moved]), "dark": exchange()})
     return Template(_asset("page.html")).substitute(
         policy=_policy((library, script)),
         title=escape(head.title(run)),
@@ -78,7 +78,7 @@ def render(run: Run) -> str:
         remarks=head.remarks(run),
         headline=head.headline(run, summary),
         curves=_curves(run, curves),
-        importance="".join(importance.section(run, _frame(plot)) for plot in choice),
+        importance=importance.section(run),
         ranks=ranks.section(run, "".join(map(_frame, budget))),
         anatomy="".join(anatomy.section(run, _frame(plot)) for plot in moved),
         samples=samples(run),

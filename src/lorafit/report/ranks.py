@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from lorafit.report import tables, text
+from lorafit.report import sitemap, tables
 from lorafit.report.figures import SMALL, Plot, over_steps
 from lorafit.report.palette import LIGHT
-from lorafit.report.places import places
 from lorafit.report.records import Run, Schedule
+from lorafit.report.sitemap import Cell
 from lorafit.report.text import escape
 
 FEWEST: Final = 3
@@ -75,36 +75,9 @@ def section(run: Run, curve: str) -> str:
 
 
 def _map(ranks: Mapping[str, int]) -> str:
-    """The table: a row for each kind of module in the order of the model, a column for each layer."""
-    found = places(ranks)
-    cells = {(place.kind, place.layer): path for path, place in found.items()}
-    kinds = dict.fromkeys(place.kind for place in found.values())
-    numbers = {place.layer for place in found.values()}
-    layers = [*({None} & numbers), *sorted(number for number in numbers if number is not None)]
     most = max(ranks.values()) or 1
-    head = "".join(f'<th scope="col">{text.NONE if layer is None else layer}</th>' for layer in layers)
-    rows = "".join(
-        f'<tr><th scope="row">{_breakable(kind)}</th>'
-        + "".join(_cell(cells.get((kind, layer)), ranks, most) for layer in layers)
-        + "</tr>"
-        for kind in kinds
-    )
-    return (
-        f'<div class="wide" tabindex="0"><table class="ranks" aria-label="Rank of each site, by kind and layer">'
-        f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _breakable(kind: str) -> str:
-    """A kind as HTML whose lines may end after a dot or an ellipsis."""
-    return escape(kind).replace(".", ".<wbr>").replace("…", "…<wbr>")
-
-
-def _cell(path: str | None, ranks: Mapping[str, int], most: int) -> str:
-    if path is None:
-        return "<td></td>"
-    rank = ranks[path]
-    return f'<td class="rank" style="--share:{rank / most:.3g}" title="{escape(path)}">{rank}</td>'
+    cells = {path: Cell(f"{rank}", rank / most, path) for path, rank in ranks.items()}
+    return sitemap.table(cells, "Rank of each site, by kind and layer")
 
 
 def _notes(run: Run, schedule: Schedule) -> list[str]:
@@ -122,6 +95,4 @@ def _notes(run: Run, schedule: Schedule) -> list[str]:
     first = next(one for one in run.schedules if one.ranks)
     if first.budget is not None and schedule.budget is not None and first.budget != schedule.budget:
         notes.append(f"At step {first.step:,} the budget was {first.budget:,}.")
-    if any(place.layer is None for place in places(ranks).values()):
-        notes.append(f"Column {text.NONE}: modules whose path has no number.")
-    return notes
+    return [*notes, *sitemap.notes(ranks)]

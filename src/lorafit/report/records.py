@@ -133,7 +133,7 @@ class Drop:
     """Which sites LoRA-drop gave adapters of their own, and why.
 
     Attributes:
-        scores: module path → share of the squared output of all updates.
+        scores: module path → share of the squared output of all updates; None where it was not finite.
         kept: paths of the sites with adapters of their own.
         shared: shape → how many sites share one adapter of it.
         rest: what became of the other sites, "share" or "freeze".
@@ -144,9 +144,9 @@ class Drop:
 
     event: ClassVar[str] = "drop"
 
-    scores: Mapping[str, float]
+    scores: Mapping[str, float | None]
     kept: tuple[str, ...]
-    shared: Mapping[str, float]
+    shared: Mapping[str, int]
     rest: str | None
     threshold: float | None
     sample_records: int | None
@@ -156,9 +156,9 @@ class Drop:
     def read(cls, line: Line) -> Drop:
         """The choice that `line` records."""
         return cls(
-            scores=line.numbers("scores"),
+            scores=line.measured("scores"),
             kept=line.texts("kept"),
-            shared=line.numbers("shared"),
+            shared=line.counts("shared"),
             rest=line.text("rest"),
             threshold=line.number("threshold"),
             sample_records=line.count("sample_records"),

@@ -24,6 +24,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "lora_rank": "r",
         "lora_target": "targets",
         "lora_target_modules": "targets",
+        "loraplus_lr_ratio": "ratio",
         "lr": "learning_rate",
         "max_seq_len": "max_length",
         "max_seq_length": "max_length",
@@ -38,3 +39,32 @@ ALIASES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Spelling of PEFT, TRL, LLaMA-Factory, Axolotl, Unsloth, litgpt, torchtune or mlx-lm → name here."""
+
+NEIGHBOURS: Mapping[str, tuple[tuple[str | None, str], ...]] = MappingProxyType(
+    {
+        "alpha": (("d_init", "remove it: VeRA has no alpha"), ("layerwise", "remove it: intrinsic has no alpha")),
+        "deltaT": (("interval", "write interval"),),
+        "inner": ((None, "choose a method that goes around another one: --method dora, or --method lora-plus"),),
+        "orth_reg_weight": (
+            ("orthogonality", "write orthogonality, half of it: PEFT averages over P and Q, two a layer"),
+        ),
+        "r": (
+            (
+                "init_r",
+                "write init_r and target_r: the rank of each layer at the start, and of all on average at the end",
+            ),
+            ("layerwise", "write d: how many numbers are trained in all layers together"),
+        ),
+        "ratio": ((None, "it is LoRA+'s: --method lora-plus, with inner for another method than LoRA"),),
+        "tfinal": (("final", "write final: whole steps, or a fraction of the run"),),
+        "tinit": (("warmup", "write warmup: whole steps, or a fraction of the run"),),
+        "total_step": (("init_r", "leave it out: it is the run's length"),),
+        "use_dora": ((None, "choose the method: --method dora"),),
+    }
+)
+"""Settings that are something else here: what to do instead, if the method has this field (None: anyway)."""
+
+VALUES: Mapping[tuple[str, object], object] = MappingProxyType(
+    {("init_lora_weights", True): "default", ("init_lora_weights", "true"): "default"}
+)
+"""A neighbour's spelling and value → the value here."""

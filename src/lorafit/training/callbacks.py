@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,13 +21,17 @@ from lorafit.training.trainer import Meter
 Notify = Callable[[str], object]
 
 
-class Recording(TrainerCallback):
-    """Writes steps, evaluations and checkpoints into the records, with evaluations what became of the adapter."""
+@final
+class Timing(TrainerCallback):
+    """Times the steps, and reads the meter whenever a loss is logged; comes before those who want the figures.
 
-    def __init__(self, recorder: Recorder, meter: Meter, handle: Handle) -> None:
-        self._recorder = recorder
+    Attributes:
+        figures: what the meter showed at that time.
+    """
+
+    def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._handle = handle
+        self.figures: dict[str, Any] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._meter.start()
@@ -37,6 +42,20 @@ class Recording(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._meter.stop()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.figures = self._meter.read()
+
+
+@final
+class Recording(TrainerCallback):
+    """Writes steps, evaluations and checkpoints into the records, with evaluations what became of the adapter."""
+
+    def __init__(self, recorder: Recorder, timing: Timing, handle: Handle) -> None:
+        self._recorder = recorder
+        self._timing = timing
+        self._handle = handle
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -52,7 +71,7 @@ class Recording(TrainerCallback):
                 step=state.global_step,
                 epoch=state.epoch,
                 **kept,
-                **self._meter.read(),
+                **self._timing.figures,
                 peak_rss_bytes=peak_rss_bytes(),
             )
 
@@ -76,13 +95,49 @@ class Recording(TrainerCallback):
         self._recorder.write("saved", step=state.global_step, path=f"checkpoint-{state.global_step}")
 
 
+@final
+class Announcing(TrainerCallback):
+    """Tells the plan of the method's schedule, which is known once the optimizer is made."""
+
+    def __init__(self, notify: Notify, handle: Handle) -> None:
+        self._notify = notify
+        self._handle = handle
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        told = None if self._handle.schedule is None else self._handle.schedule.told()
+        if told is not None:
+            self._notify(told)
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Within, SIGTERM is a `KeyboardInterrupt`: whoever is stopped so still writes that it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@final
 class Interrupt(TrainerCallback):
     """Ctrl-C (and SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once."""
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify
         self._before: dict[int, Any] = {}
+        self._saved = -1
         self.requested = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = state.global_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -104,6 +159,15 @@ class Interrupt(TrainerCallback):
             control.should_evaluate = False
         return control
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = state.global_step != self._saved
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
     def restore(self) -> None:
         """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
@@ -111,12 +175,20 @@ class Interrupt(TrainerCallback):
         self._before.clear()
 
 
+@final
 class Bar(TrainerCallback):
-    """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal."""
+    """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal.
 
-    def __init__(self, console: Console, meter: Meter) -> None:
+    Args:
+        console: where it is shown.
+        meter: what it reads the speed of.
+        trial: whether what it shows is LoRA-drop's trial, and not the run proper.
+    """
+
+    def __init__(self, console: Console, meter: Meter, *, trial: bool = False) -> None:
         self._console = console
         self._meter = meter
+        self._name, self._prefix = ("trial", "trial, ") if trial else ("training", "")
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -124,7 +196,7 @@ class Bar(TrainerCallback):
         if not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("training"),
+            TextColumn(self._name),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -134,7 +206,7 @@ class Bar(TrainerCallback):
             console=self._console,
         )
         self._progress.start()
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+        self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step, figures="")
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:
@@ -146,7 +218,7 @@ class Bar(TrainerCallback):
             if self._progress is not None:
                 self._progress.update(self._task, figures=figures)
             elif state.global_step % max(1, state.max_steps // 10) == 0:
-                self._console.print(f"step {state.global_step} of {state.max_steps}: {figures}")
+                self._console.print(f"{self._prefix}step {state.global_step} of {state.max_steps}: {figures}")
         elif "eval_loss" in logs:
             self._console.print(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}")
 

@@ -7,6 +7,7 @@ into the schema's own, the method's fields and arguments of `transformers.Traini
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,11 +16,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorafit.errors import ConfigError, nearest
-from lorafit.training.aliases import ALIASES
+from lorafit.training.aliases import ALIASES, NEIGHBOURS, VALUES
 
 Task = Literal["auto", "causal-lm", "sequence-classification"]
 Layer = tuple[str, Mapping[str, Any]]
 """Where settings come from, for errors ("run.yaml", "--set"), and the settings."""
+
+SPELT = 4
+"""Letters of a name that can be a slip of the pen; of shorter ones everything is near (lr, r)."""
+SLIP = 0.8
+"""Similarity from which on one name is written for another."""
 
 RESERVED: Mapping[str, str] = {
     "data_seed": "seed is also that of the data",
@@ -33,6 +39,7 @@ RESERVED: Mapping[str, str] = {
     "prediction_loss_only": "evaluation needs the loss alone",
     "remove_unused_columns": "the data hold no column that is not used",
     "resume_from_checkpoint": "the same command resumes by itself",
+    "save_only_model": "a run goes on from its checkpoints, and needs the optimizer's state for that",
     "train_sampling_strategy": "batches are made of records of similar length",
 }
 """Training arguments that are not the user's to set here, and why."""
@@ -150,6 +157,8 @@ def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: N
 
 
 def _renamed(origin: str, values: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, tuple[Any, str]]:
+    from lorafit.methods import INNER
+
     seen: dict[str, str] = {}
     renamed: dict[str, tuple[Any, str]] = {}
     for key, value in values.items():
@@ -166,6 +175,10 @@ def _renamed(origin: str, values: Mapping[str, Any], notify: Callable[[str], Non
         seen[canonical] = str(key)
         if canonical != name:
             notify(f"{key} is called {canonical} here")
+        value = VALUES.get((name, value), value) if isinstance(value, bool | str) else value
+        if canonical == INNER and isinstance(value, Mapping):
+            within = _renamed(f"{origin}: {INNER}", value, notify)
+            value = {name: part for name, (part, _) in within.items()}
         renamed[canonical] = (value, origin)
     return renamed
 
@@ -185,9 +198,13 @@ def _sorted(
     training: dict[str, Any] = {}
     for name, (value, origin) in merged.items():
         if name in own_names:
-            own[name] = value
+            kind = Settings.model_fields[name].annotation
+            own[name] = _coerced(name, value, kind, origin) if _either(kind) else value
         elif name in method_types:
-            options[name] = value if name == INNER else _coerced(name, value, method_types[name], origin)
+            inside = name == INNER
+            options[name] = (
+                _within(method, value, origin) if inside else _coerced(name, value, method_types[name], origin)
+            )
         elif name in RESERVED:
             raise ConfigError(
                 f"{name} is not yours to set here",
@@ -199,16 +216,60 @@ def _sorted(
         elif name in training_types:
             training[name] = _coerced(name, value, training_types[name], origin)
         else:
-            known = {*own_names, *method_types, *ALIASES, *training_types} - set(RESERVED)
-            raise ConfigError(
-                "unknown setting",
-                where=f"{origin}: {name}",
-                found=repr(name),
-                expected=f"a setting of lorafit, of {method} or of transformers.TrainingArguments",
-                near=nearest(name, known),
-                fix=f"write {next(iter(nearest(name, known)))!r}" if nearest(name, known) else f"remove {name!r}",
-            )
+            known = {*own_names, *method_types, *training_types} - set(RESERVED)
+            expected = f"a setting of lorafit, of {method} or of transformers.TrainingArguments"
+            raise _unknown(name, origin, method, known, expected)
     return own, options, training
+
+
+def _within(outer: str, given: Any, origin: str) -> Any:
+    """The settings of the method inside of `outer`, with the types that it wants."""
+    from lorafit.methods import INNER, accepts, inner_class, method_class
+
+    within = inner_class(method_class(outer), given)
+    if not isinstance(given, Mapping) or within is None:
+        return given
+    types = accepts(within.name, given.get(INNER))
+    origin = f"{origin}: {INNER}"
+    made: dict[str, Any] = {"method": within.name}
+    for name, value in given.items():
+        if name == INNER and name in types:
+            made[name] = _within(within.name, value, origin)
+        elif name in types:
+            made[name] = _coerced(name, value, types[name], origin)
+        elif name != "method":
+            raise _unknown(name, origin, within.name, types, f"a setting of {within.name}: {', '.join(types)}")
+    return made
+
+
+def _unknown(name: str, origin: str, method: str, known: Iterable[str], expected: str) -> ConfigError:
+    """The error for a setting that is none of `known`, with what to do instead: never what is unknown as well."""
+    from lorafit.methods import METHODS, fields_of
+
+    names = set(known)
+    advice = next((text for field, text in NEIGHBOURS.get(name, ()) if field is None or field in names), None)
+    owners = [other for other, kind in METHODS.items() if name in fields_of(kind)]
+    near: tuple[str, ...] = ()
+    if advice is None and owners:
+        expected = f"a setting of {method}; {name} is one of {', '.join(owners)}"
+    elif advice is None and name not in NEIGHBOURS and len(name) >= SPELT:
+        spellings = names | {alias for alias, canonical in ALIASES.items() if canonical in names}
+        near = nearest(name, spellings)
+        if name.startswith("use_"):  # the switch of another algorithm looks like this one's, and is not it
+            near = tuple(one for one in near if _slip(name, one))
+    return ConfigError(
+        "unknown setting",
+        where=f"{origin}: {name}",
+        found=repr(name),
+        expected=expected,
+        near=near,
+        fix=advice or (f"write {near[0]!r}" if near and _slip(name, near[0]) else f"remove {name!r}"),
+    )
+
+
+def _slip(name: str, meant: str) -> bool:
+    """Whether a name is so near to another that no more than a letter or two went wrong."""
+    return difflib.SequenceMatcher(None, name, meant).ratio() >= SLIP
 
 
 def _types(kind: type[Any]) -> dict[str, Any]:
@@ -216,15 +277,34 @@ def _types(kind: type[Any]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
+def _either(kind: Any) -> bool:
+    """Whether whole numbers and fractions mean different things to a setting (steps, or a share)."""
+    return {int, float} <= set(typing.get_args(kind))
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text is, as YAML reads it: "1.0" is a fraction and "1" is none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def _coerced(name: str, value: Any, kind: Any, origin: str) -> Any:
+    either = _either(kind)
+    if either and isinstance(value, str):
+        value = _number(value)
     try:
-        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        adapter = TypeAdapter[Any](kind, config=ConfigDict(arbitrary_types_allowed=True))
+        return adapter.validate_python(value, strict=either)
     except ValidationError as error:
         raise ConfigError(
             "a setting has a value of the wrong type",
             where=f"{origin}: {name}",
             found=repr(value),
-            expected=error.errors()[0]["msg"],
+            expected="a whole number, or a fraction" if either else error.errors()[0]["msg"],
             fix=f"mend {name}",
         ) from None
 

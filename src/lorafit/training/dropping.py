@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias, final
@@ -28,7 +28,7 @@ from lorafit.handle import Handle
 from lorafit.importance import importance
 from lorafit.method import Around, Method
 from lorafit.methods.lora_drop import LoRADrop
-from lorafit.training.callbacks import Bar
+from lorafit.training.callbacks import Bar, Timing
 from lorafit.training.config import Settings
 from lorafit.training.folder import FREE, FREE_TRAINING, RunFolder
 from lorafit.training.objectives import NextToken
@@ -99,6 +99,7 @@ class Trial:
         task: model, data and objective.
         settings: the run's settings.
         arguments: its training arguments, the learning rate decided.
+        sites: paths of the run's layers.
         attach: attaches a method to the run's layers.
         notify: is told what is done.
         console: for the progress bar.
@@ -107,6 +108,7 @@ class Trial:
     task: Task
     settings: Settings
     arguments: TrainingArguments
+    sites: tuple[str, ...]
     attach: Callable[[Method], Handle]
     notify: Notify
     console: Console
@@ -145,8 +147,9 @@ class Trial:
             f"trial: {trainer.planned_steps():,} steps on {len(records):,} of {len(self.task.data.train):,} records, "
             "to see which layers matter"
         )
-        bar = Bar(self.console, trainer.meter)
-        trainer.add_callback(bar)
+        bar = Bar(self.console, trainer.meter, trial=True)
+        for callback in (Timing(trainer.meter), bar):
+            trainer.add_callback(callback)
         try:
             trainer.train()
         finally:
@@ -210,7 +213,7 @@ def settle(method: Method, trial: Trial, folder: RunFolder, recorder: Recorder) 
     if drop is None or drop.keep is not None:
         return method
     fingerprint = _fingerprint(trial)
-    choice = _known(folder, fingerprint)
+    choice = _known(folder, fingerprint, trial.sites)
     if choice is None:
         choice = trial.run(method, drop)
         text = json.dumps({"fingerprint": fingerprint, **asdict(choice)}, indent=2, ensure_ascii=False)
@@ -255,16 +258,39 @@ def _fingerprint(trial: Trial) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _known(folder: RunFolder, fingerprint: str) -> Choice | None:
+def _known(folder: RunFolder, fingerprint: str, sites: Collection[str]) -> Choice | None:
     """The choice that the folder has, or None if it has none that was made with these settings."""
     path = folder.path / DROP
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text())
-        return Choice(**found) if found.pop("fingerprint") == fingerprint else None
+        if found.pop("fingerprint") != fingerprint:
+            return None
+        choice = Choice(**found)
+        return choice if _sound(choice, sites) else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # not what this library writes: the trial gives the same again
+
+
+def _sound(choice: Choice, sites: Collection[str]) -> bool:
+    """Whether what was read is a choice among these sites."""
+    scores, kept, shared = choice.scores, choice.kept, choice.shared
+    return (
+        isinstance(scores, dict)
+        and scores.keys() == set(sites)
+        and all(_number(score) and 0 <= score <= 1 for score in scores.values())
+        and isinstance(kept, list)
+        and 0 < len(kept) == len({name for name in kept if isinstance(name, str) and name in scores})
+        and isinstance(shared, dict)
+        and all(_number(count) for count in shared.values())
+        and choice.rest in ("share", "freeze")
+        and all(_number(each) for each in (choice.threshold, choice.sample_records, choice.steps))
+    )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit import files
-from lorafit.errors import ConfigError, some
+from lorafit.errors import CheckpointError, ConfigError, some
+from lorafit.state import STATE
 from lorafit.training.config import Settings
 
 SETTINGS = "settings.json"
@@ -21,6 +22,8 @@ RESULT = "result.json"
 DATA = "data.json"
 COMPLETE = "complete.json"
 LABELS = "labels.json"
+PARTS = (STATE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+"""What a checkpoint must hold, beside the states of random generators, so that a run goes on as if it never stopped."""
 
 FREE = frozenset({"output_dir", "samples", "max_new_tokens"})
 FREE_TRAINING = frozenset(
@@ -55,8 +58,8 @@ class RunFolder:
         path = self.path / RESULT
         if not path.is_file():
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
-        return result
+        fix = "restore the file, or remove it: the same command then goes on from the last checkpoint"
+        return _read(path, ("steps", "resumed_from", "shown"), fix)
 
     def first_evaluation(self) -> float | None:
         """The held-out loss before the first step, as the records have it; None if they do not."""
@@ -67,7 +70,7 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line that a kill cut off
-            if record.get("event") == "evaluation" and record.get("step") == 0:
+            if isinstance(record, dict) and record.get("event") == "evaluation" and record.get("step") == 0:
                 loss: float | None = record.get("loss")
                 return loss
         return None
@@ -78,7 +81,7 @@ class RunFolder:
         if not path.is_file():
             files.write_text(path, json.dumps({"sha256": fingerprint}))
             return
-        known = json.loads(path.read_text())["sha256"]
+        known = str(_read(path, ("sha256",), f"restore the file, or remove {self.path}")["sha256"])
         if known != fingerprint:
             raise ConfigError(
                 "the data are not those that this run was begun with",
@@ -93,7 +96,11 @@ class RunFolder:
         files.write_text(self.path / RESULT, json.dumps(result, indent=2))
 
     def checkpoint(self, notify: Callable[[str], object]) -> Path | None:
-        """The newest whole checkpoint, or None. Those that a kill cut off are removed, and named."""
+        """The newest whole checkpoint, or None. Those that a kill cut off are removed, and named.
+
+        Raises:
+            CheckpointError: the newest one lacks files that a run needs to go on as it was.
+        """
         whole: list[tuple[int, Path]] = []
         for folder in self.path.glob("checkpoint-*"):
             step = folder.name.removeprefix("checkpoint-")
@@ -104,7 +111,52 @@ class RunFolder:
             else:
                 notify(f"{folder.name} was cut off while it was written; it is removed")
                 shutil.rmtree(folder)
-        return max(whole)[1] if whole else None
+        if not whole:
+            return None
+        newest = max(whole)[1]
+        missing = [name for name in PARTS if not (newest / name).is_file()]
+        if not any(newest.glob("rng_state*.pth")):
+            missing.append("rng_state.pth")
+        if missing:
+            raise CheckpointError(
+                "the checkpoint is not a whole one",
+                where=newest,
+                found=f"no {some(missing, 5)}",
+                expected=some([*PARTS, "rng_state.pth"]),
+                fix=without(newest),
+            )
+        return newest
+
+
+def without(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be gone on from."""
+    own = int(checkpoint.name.rpartition("-")[2])
+    steps = (
+        path.parent.name.removeprefix("checkpoint-") for path in checkpoint.parent.glob(f"checkpoint-*/{COMPLETE}")
+    )
+    before = [int(step) for step in steps if step.isdigit() and int(step) < own]
+    place = f"checkpoint-{max(before)}" if before else "the start"
+    return f"remove {checkpoint.name}: the same command then goes on from {place}"
+
+
+def _read(path: Path, keys: tuple[str, ...], fix: str) -> dict[str, Any]:
+    """A file of the folder; raises `CheckpointError`, with this fix, where it is not what was written there."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
+        raise CheckpointError(
+            f"{path.name} is damaged", where=path, found=error, expected="the JSON that this run wrote", fix=fix
+        ) from None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        lacks = sorted(set(keys) - set(found)) if isinstance(found, dict) else []
+        raise CheckpointError(
+            f"{path.name} is damaged",
+            where=path,
+            found=f"no {some(lacks)}" if lacks else type(found).__name__,
+            expected="the JSON object that this run wrote",
+            fix=fix,
+        )
+    return found
 
 
 def open_folder(settings: Settings) -> RunFolder:
@@ -112,12 +164,14 @@ def open_folder(settings: Settings) -> RunFolder:
 
     Raises:
         ConfigError: the folder is another run's (names what differs), or holds something else.
+        CheckpointError: its settings are damaged.
     """
     path = settings.folder
     mine = json.loads(json.dumps(settings.model_dump()))
     kept = path / SETTINGS
     if kept.is_file():
-        theirs = json.loads(kept.read_text())
+        fix = f"restore the file, choose another output_dir, or remove {path}"
+        theirs = _read(kept, (), fix)
         different = _differences(theirs, mine)
         if _left_nothing(path):
             (path / DATA).unlink(missing_ok=True)
@@ -157,15 +211,19 @@ def _left_nothing(path: Path) -> bool:
     last = records.read_text(errors="replace").splitlines()[-1:]
     try:
         return bool(last) and json.loads(last[0])["event"] == "end"
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return False  # cut off by a kill
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     rows = []
-    for part, free in (((), FREE), (("training",), FREE_TRAINING), (("method_options",), frozenset[str]())):
-        old = theirs if not part else theirs.get(part[0], {})
-        new = mine if not part else mine.get(part[0], {})
+    parts = ((None, FREE), ("training", FREE_TRAINING), ("method_options", frozenset[str]()))
+    for part, free in parts:
+        old = theirs if part is None else theirs.get(part, {})
+        if not isinstance(old, dict):
+            rows.append(f"{part} was {old!r}")
+            continue
+        new = mine if part is None else mine.get(part, {})
         for key in sorted({*old, *new} - free - {"training", "method_options"}):
             if old.get(key) != new.get(key):
                 rows.append(f"{key} was {old.get(key)!r} and is {new.get(key)!r}")

@@ -23,7 +23,7 @@ from lorafit.method import Method, Sample
 from lorafit.methods import build
 from lorafit.plan import Modules, choose, saved_paths
 from lorafit.training.answers import answers
-from lorafit.training.callbacks import Bar, Interrupt, Recording
+from lorafit.training.callbacks import Announcing, Bar, Interrupt, Recording, Timing, terminated
 from lorafit.training.config import Settings
 from lorafit.training.data import LabelledData
 from lorafit.training.dropping import Trial, settle
@@ -136,7 +136,8 @@ class _Run:
         self.checkpoint = self.folder.checkpoint(self.notify)
         self.recorder.write("run", run=uuid.uuid4().hex[:12], command=self.command, resumed_from_step=self._step())
         try:
-            return self._train()
+            with terminated():
+                return self._train()
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.recorder.write("end", status=status, message=f"{type(error).__name__}: {error}")
@@ -151,14 +152,20 @@ class _Run:
         self.folder.check_data(task.fingerprint)
         method = build(self.settings.method, self.settings.method_options)
         if "learning_rate" not in self.settings.training:
-            width, times = task.model.config.get_text_config().hidden_size, method.rate(self._shapes(task))
+            width, times = task.model.config.get_text_config().hidden_size, method.rate([*self._sites(task).values()])
             arguments.learning_rate = default_rate(width) * times
             factor = "" if times == 1 else f" times {times:.3g} for {method.name}"
             self.notify(
                 f"learning rate {arguments.learning_rate:.2g}, from the model's width{factor}; --learning-rate sets it"
             )
         trial = Trial(
-            task, self.settings, arguments, lambda method: self._attach(task, method), self.notify, self.console
+            task,
+            self.settings,
+            arguments,
+            tuple(self._sites(task)),
+            lambda method: self._attach(task, method),
+            self.notify,
+            self.console,
         )
         handle = self._attach(task, settle(method, trial, self.folder, self.recorder))
         trainer = self._trainer(task, handle, arguments)
@@ -167,7 +174,8 @@ class _Run:
         self._estimate(task, trainer)
         first = self._first_answers(task, handle)
         interrupt, bar = Interrupt(self.notify), Bar(self.console, trainer.meter)
-        for callback in (Recording(self.recorder, trainer.meter, handle), interrupt, bar):
+        timing, announcing = Timing(trainer.meter), Announcing(self.notify, handle)
+        for callback in (timing, announcing, Recording(self.recorder, timing, handle), interrupt, bar):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -193,12 +201,12 @@ class _Run:
             sample=None if method.evidence() is None else self._sample(task),
         )
 
-    def _shapes(self, task: Task) -> list[Shape]:
-        """The shapes of the layers that `_attach` will adapt."""
+    def _sites(self, task: Task) -> dict[str, Shape]:
+        """Path → shape of the layers that `_attach` will adapt."""
         modules = Modules.of(task.model)
         saved = saved_paths(modules, [*self.settings.modules_to_save, *task.head])
         paths = choose(task.model, modules, self.settings.targets, self.settings.exclude, saved)
-        return [site.shape for site in modules.sites(paths)]
+        return {path: site.shape for path, site in zip(paths, modules.sites(paths), strict=True)}
 
     def _sample(self, task: Task) -> Sample:
         """A few batches of the training data, evenly chosen, for methods that look at data first."""
@@ -299,6 +307,7 @@ class _Run:
     def _done(
         self, task: Task, handle: Handle, trainer: AdapterTrainer, before: float | None, first: Sequence[str]
     ) -> Outcome:
+        self._tell_best(handle, trainer)
         after = None
         if trainer.eval_dataset is not None:
             evaluated = trainer.last_evaluated == trainer.state.global_step
@@ -319,6 +328,19 @@ class _Run:
             {**_figures(outcome), "resumed_from": outcome.resumed_from, "shown": [asdict(one) for one in shown]}
         )
         return outcome
+
+    def _tell_best(self, handle: Handle, trainer: AdapterTrainer) -> None:
+        """Where the best adapter was put back: what the schedule has of it, which need not be what it aimed at."""
+        facts = {} if handle.schedule is None else handle.schedule.facts()
+        if trainer.restored is None or not facts:
+            return
+        self.recorder.write("schedule", **{**facts, "step": trainer.state.global_step})
+        budget, ranks = facts.get("budget"), facts.get("ranks")
+        if budget is not None and ranks is not None and sum(ranks.values()) > budget:
+            self.notify(
+                f"the best adapter is of step {trainer.restored:,}, before the budget was reached: "
+                f"{sum(ranks.values()):,} triplets, not {budget:,}"
+            )
 
     def _outcome(
         self,

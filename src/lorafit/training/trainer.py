@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from lorafit import files
-from lorafit.errors import CheckpointError, TrainingError
+from lorafit.errors import CheckpointError, LorafitError, TrainingError
 from lorafit.handle import Handle
 from lorafit.state import load_state, save_state
 from lorafit.training.batches import LengthBucketSampler
-from lorafit.training.folder import COMPLETE
+from lorafit.training.folder import COMPLETE, without
 from lorafit.training.objectives import Objective
+
+TRAINER_STATE = "trainer_state.json"
 
 
 class Meter:
@@ -81,6 +85,48 @@ def planned_steps(arguments: TrainingArguments, records: int) -> int:
     return steps
 
 
+def settle_warmup(arguments: TrainingArguments, records: int) -> None:
+    """Takes away a warm-up that is a share of the run and comes to less than one step.
+
+    The trainer rounds it up to a whole step, whose rate is 0: a short run would lose much of what it learns, and a run
+    of one step all of it.
+    """
+    if 0 < arguments.warmup_steps < 1 and arguments.warmup_steps * planned_steps(arguments, records) < 1:
+        arguments.warmup_steps = 0
+
+
+@contextmanager
+def _reading(checkpoint: str | Path, names: str) -> Iterator[None]:
+    """Whatever a damaged file of a checkpoint leads to is a `CheckpointError` that says how to go on."""
+    folder = Path(checkpoint)
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.message, found=error.found, expected=error.expected, where=error.where or folder, fix=without(folder)
+        ) from error
+    except LorafitError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise CheckpointError(
+            "the checkpoint is damaged",
+            where=f"{folder}: {names}",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected="the files as the run wrote them",
+            fix=without(folder),
+        ) from error
+
+
 class AdapterTrainer(Trainer):
     """Trains one adapter of a model.
 
@@ -89,6 +135,7 @@ class AdapterTrainer(Trainer):
         objective: what is minimised.
         lengths: tokens of each training record.
         base_model: the base model's name, for the adapter's files.
+        args: the training arguments; a warm-up of less than one step is taken away from them.
         options: what `transformers.Trainer` takes.
     """
 
@@ -97,15 +144,24 @@ class AdapterTrainer(Trainer):
     control: Any
 
     def __init__(
-        self, *, handle: Handle, objective: Objective, lengths: Sequence[int], base_model: str, **options: Any
+        self,
+        *,
+        handle: Handle,
+        objective: Objective,
+        lengths: Sequence[int],
+        base_model: str,
+        args: TrainingArguments,
+        **options: Any,
     ) -> None:
-        super().__init__(**options)
+        settle_warmup(args, len(lengths))
+        super().__init__(args=args, **options)
         self.handle = handle
         self.objective = objective
         self.meter = Meter()
         self.last_evaluated = -1
         self.last_rate = math.nan
         self.last_loss = math.nan
+        self.restored: int | None = None
         self._lengths = lengths
         self._base_model = base_model
         # Makes Trainer count the supervised tokens of all accumulated batches, by which the loss is then divided.
@@ -236,9 +292,32 @@ class AdapterTrainer(Trainer):
             files.write_text(folder / COMPLETE, json.dumps({"step": self.state.global_step}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_state(self.handle, resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        with _reading(folder, "lorafit_state.safetensors"):
+            load_state(self.handle, folder)
+        with _reading(folder, TRAINER_STATE):
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+            # Trainer reads it again, and only there would stumble over what is no state.
+            if f"checkpoint-{state.global_step}" != folder.name or not isinstance(state.stateful_callbacks, dict):
+                raise ValueError(f"the state of step {state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(checkpoint, "optimizer.pt or scheduler.pt"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(checkpoint, "scaler.pt"):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(checkpoint, "rng_state.pth"):
+                super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_state(self.handle, self.state.best_model_checkpoint)
+        self.restored = int(Path(self.state.best_model_checkpoint).name.rpartition("-")[2])
         self.last_evaluated = -1  # the last evaluation was of other values than these
