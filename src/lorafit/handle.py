@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from lorafit.method import Adapter, Method
 from lorafit.methods import validate
 from lorafit.peft_layout import Description, Placed
 from lorafit.plan import Modules, Planned
+from lorafit.summary import summary
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
 
@@ -150,15 +150,7 @@ class Handle:
 
     def summary(self) -> str:
         """One line: method, resolved settings, sites, trained share."""
-        settings = ", ".join(f"{key} {_short(value)}" for key, value in self.method.settings().items())
-        kinds = Counter(site.kind for site in self._sites.values())
-        where = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        saved = f", {len(self._saved)} modules trained in full" if self._saved else ""
-        share = self.num_trainable / max(1, self.num_total)
-        return (
-            f"{self.method.name} ({settings}) on {where}{saved}: "
-            f"{self.num_trainable:,} of {self.num_total:,} numbers trained ({share:.2%})"
-        )
+        return summary(self.method, [*self._sites.values()], len(self._saved), self.num_trainable, self.num_total)
 
     # Which adapters act
 
@@ -201,8 +193,8 @@ class Handle:
 
     # Training
 
-    def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The method's optimizer parameter groups at base learning rate `lr`.
+    def param_groups(self, lr: float, *, copies_lr: float | None = None) -> list[dict[str, Any]]:
+        """The method's optimizer parameter groups at base learning rate `lr`, and at `copies_lr` (`lr`) full copies.
 
         Raises:
             StateError: the adapter was loaded for inference, is merged or gone.
@@ -213,7 +205,8 @@ class Handle:
             raise StateError(f"adapter {self.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
         copied = {id(parameter) for copy in self.copies.values() for parameter in copy.parameters()}
         groups = self.method.param_groups([each for each in named if id(each[1]) not in copied], lr)
-        return with_copies(groups, [parameter for _, parameter in named if id(parameter) in copied], lr)
+        copies = [parameter for _, parameter in named if id(parameter) in copied]
+        return with_copies(groups, copies, lr if copies_lr is None else copies_lr)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = list(self.named_parameters())
@@ -227,7 +220,13 @@ class Handle:
         return named
 
     def optimizer(
-        self, kind: type[AnyOptimizer], lr: float, *, total_steps: int | None = None, **options: Any
+        self,
+        kind: type[AnyOptimizer],
+        lr: float,
+        *,
+        total_steps: int | None = None,
+        copies_lr: float | None = None,
+        **options: Any,
     ) -> AnyOptimizer:
         """An optimizer of class `kind` over this adapter's parameter groups, with its step hooks installed.
 
@@ -235,9 +234,11 @@ class Handle:
             kind: the class, such as ``torch.optim.AdamW``.
             lr: the base learning rate.
             total_steps: optimizer steps of the whole run, for methods whose schedule is a share of it (AdaLoRA).
+            copies_lr: the learning rate of modules trained in full, if it is another one.
             options: further arguments of `kind`.
         """
-        return self.bind(kind(self.param_groups(lr), **options), total_steps=total_steps)
+        groups = self.param_groups(lr, copies_lr=copies_lr)
+        return self.bind(kind(groups, **options), total_steps=total_steps)
 
     def bind(
         self, optimizer: AnyOptimizer, *, total_steps: int | None = None, allow_unused: bool = False
@@ -452,7 +453,3 @@ class Handle:
         if not isinstance(ledger, Ledger) or self.name not in ledger.names:
             raise StateError(f"adapter {self.name!r} is not attached any more", fix="attach it again")
         return ledger
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ TIERS = (
     ("kernels", "targets", "rownorm"),
     ("layers",),
     ("method",),
-    ("anatomy",),
+    ("anatomy", "summary"),
     ("methods.validate", "methods.directions", "methods.fewest", "methods.subspace"),
     ("methods.evidence",),
     ("methods.initialisers",),

@@ -170,3 +170,14 @@ def test_what_does_not_go_together_is_refused(run: Callable[..., Outcome], chang
     with pytest.raises(lf.ConfigError) as caught:
         run("run", **changes)
     assert said in str(caught.value)
+
+
+def test_what_is_trained_in_full_has_loras_rate(model_dir: Path) -> None:
+    """A method's own rate is for its vectors: a new head at 50 times LoRA's would run away."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    handle = lf.attach(model, lf.VeRA(r=4), modules_to_save=["lm_head"], seed=0)
+    groups = handle.optimizer(torch.optim.AdamW, lr=5e-2, copies_lr=1e-3).param_groups
+    assert [group["lr"] for group in groups] == [5e-2, 1e-3]
+    assert [id(parameter) for parameter in groups[1]["params"]] == [id(handle.copies["lm_head"].weight)]

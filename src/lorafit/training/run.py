@@ -127,6 +127,7 @@ class _Run:
         self.folder = open_folder(settings)
         self.recorder = Recorder(self.folder.records)
         self.checkpoint: Path | None = None
+        self.copies_rate: float | None = None
 
     def execute(self) -> Outcome:
         done = self.folder.result()
@@ -155,8 +156,11 @@ class _Run:
             width, times = task.model.config.get_text_config().hidden_size, method.rate([*self._sites(task).values()])
             arguments.learning_rate = default_rate(width) * times
             factor = "" if times == 1 else f" times {times:.3g} for {method.name}"
+            self.copies_rate = default_rate(width)
+            full = f" (modules trained in full: {self.copies_rate:.2g})" if task.head and times != 1 else ""
             self.notify(
-                f"learning rate {arguments.learning_rate:.2g}, from the model's width{factor}; --learning-rate sets it"
+                f"learning rate {arguments.learning_rate:.2g}, from the model's width{factor}{full}; "
+                "--learning-rate sets it"
             )
         trial = Trial(
             task,
@@ -229,6 +233,7 @@ class _Run:
             eval_dataset=_Records(held) if held else None,
             data_collator=task.collator,
             processing_class=task.tokenizer,
+            copies_rate=self.copies_rate,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)

@@ -135,6 +135,7 @@ class AdapterTrainer(Trainer):
         objective: what is minimised.
         lengths: tokens of each training record.
         base_model: the base model's name, for the adapter's files.
+        copies_rate: the learning rate of modules trained in full; None for that of the rest.
         args: the training arguments; a warm-up of less than one step is taken away from them.
         options: what `transformers.Trainer` takes.
     """
@@ -151,11 +152,13 @@ class AdapterTrainer(Trainer):
         lengths: Sequence[int],
         base_model: str,
         args: TrainingArguments,
+        copies_rate: float | None = None,
         **options: Any,
     ) -> None:
         settle_warmup(args, len(lengths))
         super().__init__(args=args, **options)
         self.handle = handle
+        self.copies_rate = copies_rate
         self.objective = objective
         self.meter = Meter()
         self.last_evaluated = -1
@@ -176,6 +179,7 @@ class AdapterTrainer(Trainer):
                 kind,
                 lr=rate,
                 total_steps=self.planned_steps(),
+                copies_lr=self.copies_rate,
                 weight_decay=self.args.weight_decay,
                 **options,
             )
