@@ -19,6 +19,7 @@ from lorafit.errors import DataError, StateError, some
 from lorafit.handle import Handle
 from lorafit.layers import Acting, Site, apply
 from lorafit.method import Adapter, Batch, check_batches
+from lorafit.methods.evidence import moved
 
 MASK = "attention_mask"
 
@@ -68,10 +69,10 @@ def importance(
     with _at_rest(model), meter:
         for batch in batches:
             count += 1
-            moved = _moved(batch, next(model.parameters()).device)
-            meter.mask = _mask_of(moved) if mask is None else mask(moved)
+            ready = moved(batch, next(model.parameters()).device)
+            meter.mask = _mask_of(ready) if mask is None else mask(ready)
             left += meter.mask is None or bool(meter.mask.any())
-            (_call if forward is None else forward)(model, moved)
+            (_call if forward is None else forward)(model, ready)
     if count == 0:
         raise DataError(
             "there is nothing to score the sites on", found="no batches", expected="at least one", fix="give batches"
@@ -188,14 +189,6 @@ def _call(model: nn.Module, batch: Batch) -> object:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(part, device) for key, part in value.items()}
-    return type(value)(_moved(part, device) for part in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class InputDirections(Evidence):
                 hooks.enter_context(watch.site.module.register_forward_pre_hook(watch, with_kwargs=True))
             device, seen = _device(model), 0
             for seen, raw in enumerate(sample.batches, start=1):  # noqa: B007 (whether there was one is asked below)
-                batch = _moved(raw, device)
+                batch = moved(raw, device)
                 for watch in watches.values():
                     watch.mask = _mask(batch)
                 _ = _call(model, batch) if sample.loss is None else sample.loss(model, batch)
@@ -176,7 +176,7 @@ class FirstGradients(Evidence):
         with undisturbed(model), torch.enable_grad(), _standing_in(used, sums):
             device, seen = _device(model), 0
             for seen, raw in enumerate(sample.batches, start=1):  # noqa: B007 (the mean needs the count)
-                batch = _moved(raw, device)
+                batch = moved(raw, device)
                 result = _call(model, batch) if sample.loss is None else sample.loss(model, batch)
                 _loss(result, given=sample.loss is not None).backward()  # type: ignore[no-untyped-call]
             _need_batches(seen)
@@ -330,14 +330,14 @@ def _call(model: nn.Module, batch: Batch) -> object:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
+def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return (tuple if isinstance(batch, tuple) else list)(_moved(value, device) for value in batch)
+        return (tuple if isinstance(batch, tuple) else list)(moved(value, device) for value in batch)
     return batch
 
 
