@@ -42,6 +42,8 @@ $(VENV)/demo.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(PIP) --editable ".[train,embedded,report,dev]"
+	$(PIP) --no-deps --upgrade --target $(VENV)/quant bitsandbytes torchao \
+	|| echo "bitsandbytes and torchao cannot be installed here: their tests will be skipped"
 	@touch $@
 
 clean:

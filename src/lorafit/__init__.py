@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         LoRAPlus,
         VeRA,
     )
+    from lorafit.quant.convert import Quantised, dequantise, quantise
+    from lorafit.quant.loading import load_quantised
 
 __version__ = "0.1.0"
 
@@ -70,6 +72,7 @@ __all__ = [
     "MergeError",
     "Method",
     "MissingExtraError",
+    "Quantised",
     "Sample",
     "StateError",
     "TargetError",
@@ -78,7 +81,10 @@ __all__ = [
     "attach",
     "combine",
     "convert",
+    "dequantise",
     "load",
+    "load_quantised",
+    "quantise",
 ]
 
 _LAZY = {
@@ -94,12 +100,16 @@ _LAZY = {
     "LoRAFA": "lorafit.methods",
     "LoRAPlus": "lorafit.methods",
     "Method": "lorafit.method",
+    "Quantised": "lorafit.quant.convert",
     "Sample": "lorafit.method",
     "VeRA": "lorafit.methods",
     "attach": "lorafit.inject",
     "combine": "lorafit.combining",
     "convert": "lorafit.conversion",
+    "dequantise": "lorafit.quant.convert",
     "load": "lorafit.checkpoint",
+    "load_quantised": "lorafit.quant.loading",
+    "quantise": "lorafit.quant.convert",
 }
 
 

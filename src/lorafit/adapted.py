@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.errors import StateError, some
-from lorafit.kernels import autocasts
-from lorafit.layers import Acting, Site, site_class
+from lorafit.kernels.precision import autocasts
+from lorafit.layers import Acting, Site, TensorSite, site_class, site_of
 from lorafit.method import Adapter
 
 BANK = "adapters"
@@ -42,11 +42,13 @@ class Bank(nn.ModuleDict):
 
     def set(self, *, active: tuple[str, ...] | None = None, merged: tuple[str, ...] | None = None) -> None:
         """Changes what is active or merged; names that this bank does not hold are left out."""
+        # Past torch's __setattr__, which looks for parameters and modules first: a model has a thousand banks.
+        own = vars(self)
         if active is not None:
-            self.active = tuple(name for name in active if name in self)
+            own["active"] = tuple(name for name in active if name in self)
         if merged is not None:
-            self.merged = merged
-        self.acting = tuple(name for name in self.active if name not in self.merged)
+            own["merged"] = merged
+        own["acting"] = tuple(name for name in self.active if name not in self.merged)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A checkpoint of the plain model knows nothing of adapters: it must load, and leave them as they are. torch
@@ -61,8 +63,9 @@ class Bank(nn.ModuleDict):
     def updates(self, site: Site) -> list[Acting]:
         """What the acting adapters say of the site's weight now."""
         updates = []
+        entries = self._modules
         for name in self.acting:
-            adapter = self[name]
+            adapter = entries[name]
             assert isinstance(adapter, Adapter)
             dropout = adapter.dropout if adapter.training else 0.0
             updates.append(Acting(adapter.update(site.weight), dropout))
@@ -87,16 +90,30 @@ def adapted(base: ModuleClass) -> ModuleClass:
     """The subclass of `base`, a known layer type, whose forward adds what its acting adapters say."""
     kind = site_class(base)
     assert kind is not None, base
+    return _adapted(base, kind, adapted)
 
+
+@cache
+def adapted_tensor(base: ModuleClass) -> ModuleClass:
+    """The same for a linear layer whose weight is a tensor of another library's."""
+    return _adapted(base, TensorSite, adapted_tensor)
+
+
+def adapting(site: Site) -> Generator:
+    """What makes the class of an adapted layer."""
+    return adapted_tensor if isinstance(site, TensorSite) else adapted
+
+
+def _adapted(base: ModuleClass, kind: type[Site], make: Generator) -> ModuleClass:
     def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name for it)
-        bank = self.adapters
+        bank = self._modules[BANK]  # past torch's own way to attributes, which takes longer than all of this
         if not bank.acting:
             result: Tensor = base.forward(self, input)
             return result
         site = kind(self)
         return site.forward(input, base.forward, bank.updates(site))
 
-    return _generate("Adapted", base, forward, adapted)
+    return _generate("Adapted", base, forward, make)
 
 
 @cache
@@ -195,7 +212,7 @@ def rescales(module: nn.Module, name: str) -> bool:
     if kind is None or not isinstance(adapter, Adapter):
         return False
     with torch.inference_mode(False), torch.no_grad():
-        return adapter.update(kind(module).weight).gain is not None
+        return adapter.update(site_of(module).weight).gain is not None
 
 
 def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> None:
@@ -203,7 +220,7 @@ def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> 
     bank = bank_of(module)
     if bank is None:
         bank = Bank()
-        bank.train(module.training)
+        vars(bank)["training"] = module.training
         module.add_module(BANK, bank)
         module.__class__ = make(type(module))
     entry.train(module.training)
@@ -245,14 +262,17 @@ def check_removable(modules: Iterable[tuple[str, nn.Module]], name: str) -> None
 
 def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
     """(path, module, parent) for every module of the model itself, adapters left out; shared modules once per path."""
-    yield from _walk(model, path, None)
-
-
-def _walk(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    yield path, module, parent
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, Bank):
-            yield from _walk(child, f"{path}.{name}" if path else name, module)
+    left: list[tuple[str, nn.Module, nn.Module | None]] = [(path, model, None)]
+    while left:  # no recursion: a path of ten parts would be passed up ten times
+        found = left.pop()
+        yield found
+        path, module, _ = found
+        children = [
+            (f"{path}.{name}" if path else name, child, module)
+            for name, child in module._modules.items()
+            if child is not None and not isinstance(child, Bank)
+        ]
+        left += reversed(children)
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from lorafit.errors import CheckpointError, ConfigError, LorafitWarning, some
 from lorafit.fitting import Fit, copy_into, fit
 from lorafit.handle import Handle
 from lorafit.inject import check_name, install_all
-from lorafit.layers import site_class
+from lorafit.layers import site_class, site_of
 from lorafit.layouts import LORAFIT, ContradictionError, Layout, Ours, Place, parse
 from lorafit.layouts.base import anchored
 from lorafit.method import Adapter, Method
@@ -25,7 +25,6 @@ from lorafit.peft_config import Parsed
 from lorafit.peft_layout import warn_shared
 from lorafit.plan import Modules, Planned, check_model, refuse, refuse_copy
 from lorafit.store import Stored
-from lorafit.targets import unmatched
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable: bool = False) -> Handle:
@@ -145,7 +144,7 @@ def _planned(path: str, method: Method, stored: Stored, modules: Modules, ours: 
     kind = site_class(plain_class(module))
     assert kind is not None
     refuse(path, module, plain_class(module), kind, modules.parents[path])
-    planned = Planned(path, kind(module), method)
+    planned = Planned(path, site_of(module), method)
     reason = method.impossible(planned.spot)
     if reason is None:
         return planned
@@ -160,11 +159,8 @@ def _planned(path: str, method: Method, stored: Stored, modules: Modules, ours: 
 
 
 def _notes(parsed: Parsed, stored: Stored, paths: Sequence[str]) -> list[str]:
-    patterns: tuple[tuple[str, Mapping[str, object]], ...] = (
-        ("rank_pattern", parsed.rank_pattern),
-        ("alpha_pattern", parsed.alpha_pattern),
-    )
-    idle = [f"{what}[{key!r}]" for what, pattern in patterns for key in unmatched(pattern, paths)]
+    idle = [f"rank_pattern[{key!r}]" for key in parsed.rank_pattern.idle(paths)]
+    idle += [f"alpha_pattern[{key!r}]" for key in parsed.alpha_pattern.idle(paths)]
     return [
         f"{stored.config_path}: {what}: {some(names)}"
         for names, what in (

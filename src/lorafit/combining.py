@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafit.adapted import bank_of, plain_class
+from lorafit.adapted import bank_of
 from lorafit.compress import NOTICED, Squeezed, TruncationWarning, relative, squeeze_dense, squeeze_low_rank
 from lorafit.delta import LowRank, Update
 from lorafit.errors import ConfigError, MergeError, StateError, nearest, some
 from lorafit.handle import Handle
 from lorafit.inject import check_name, install_all
-from lorafit.layers import Site, site_class
+from lorafit.layers import Site, site_of
 from lorafit.ledger import LEDGER
 from lorafit.method import Adapter
 from lorafit.methods import validate
@@ -171,9 +171,7 @@ def _sites(model: torch.nn.Module, weights: Mapping[str, float]) -> list[tuple[s
                 expected="adapters that change layers",
                 fix="combine adapters without modules_to_save, or average the copies yourself",
             )
-        kind = site_class(plain_class(module))
-        assert kind is not None
-        site, parts = kind(module), []
+        site, parts = site_of(module), []
         for name in named:
             adapter = bank[name]
             assert isinstance(adapter, Adapter)

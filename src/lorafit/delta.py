@@ -49,6 +49,14 @@ class LowRank(Delta):
         down = self.down if self.mid is None else self.mid[:, None] * self.down
         return up * self.scale, down
 
+    def upward(self) -> Tensor:
+        """The way up, (out, r / groups), with mid and out multiplied in: Δ = scale · up' down."""
+        up = self.up
+        if self.mid is not None:
+            blocks = up.view(self.groups, -1, up.shape[1]) * self.mid.view(self.groups, 1, -1)
+            up = blocks.view(up.shape)
+        return up if self.out is None else self.out[:, None] * up
+
     def dense(self) -> Tensor:
         up, down = self.fold()
         if self.groups == 1:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 PIECE = {"cpu": 2**16}
 """Numbers that are worked on at a time, by device type, as measured: float32 and a copy fit into 1 MB of cache."""
+GONE = 1e-20
+"""A λ of less than this takes digits from what it multiplies."""
 WITNESSES = 8
 Passed: TypeAlias = Callable[[], None] | None
 
@@ -195,8 +197,15 @@ class _Parts(torch.autograd.Function):
             ctx.operator, ctx.parts, ctx.passed = operator, parts, passed
             ctx.dtype, ctx.device = v.dtype, v.device
             ctx.lam = None if lam is None else lam.clone()
-            ctx.flat = flat if lam is not None and ctx.needs_input_grad[1] else None
-            return matrices(flat, lam, parts)
+            ctx.v = v.clone() if lam is not None and ctx.needs_input_grad[1] else None
+            # As large as the weights: λ is multiplied into it, and divided out again for λ's own gradient.
+            ctx.inside = lam is not None and not torch.compiler.is_compiling()
+            ctx.flat = None if ctx.v is None else flat
+            if lam is None or not ctx.inside:
+                return matrices(flat, lam, parts)
+            for part in parts:
+                _view(flat, part).mul_(lam[part.layer])
+            return matrices(flat, None, parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -204,10 +213,7 @@ class _Parts(torch.autograd.Function):
             ctx.passed()
         for_v = for_lam = None
         if ctx.needs_input_grad[1]:
-            for_lam = torch.zeros_like(ctx.lam)
-            for grad, part in zip(grads, ctx.parts, strict=True):
-                if grad is not None:
-                    for_lam[part.layer] += (grad * _view(ctx.flat, part)).sum()
+            for_lam = _for_factors(ctx, grads)
         if ctx.needs_input_grad[0]:
             u = torch.zeros(ctx.operator.length, dtype=ctx.dtype, device=ctx.device)
             for grad, part in zip(grads, ctx.parts, strict=True):
@@ -218,6 +224,21 @@ class _Parts(torch.autograd.Function):
             with _no_autocast(u):
                 for_v = ctx.operator.adjoint_(u)
         return for_v, for_lam, None, None, None
+
+
+def _for_factors(ctx: Any, grads: Sequence[Tensor | None]) -> Tensor:
+    """∂/∂λ: for each layer the sum of ∂/∂(λ P v) ∘ P v over its parts."""
+    flat, divisor = ctx.flat, ctx.lam
+    if not ctx.inside:
+        divisor = None
+    elif (ctx.lam.abs() < GONE).any():  # nothing is left of P v there: it is made anew
+        with _no_autocast(ctx.v):
+            flat, divisor = ctx.operator.project(ctx.v), None
+    found = torch.zeros_like(ctx.lam)
+    for grad, part in zip(grads, ctx.parts, strict=True):
+        if grad is not None:
+            found[part.layer] += (grad * _view(flat, part)).sum()
+    return found if divisor is None else found.div_(divisor)
 
 
 def _view(flat: Tensor, part: Part) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lorafit.adapted import plain_class, plain_state
 from lorafit.errors import CheckpointError, nearest, some
-from lorafit.layers import Site, site_class
-from lorafit.layouts import FOREIGN_KEYS, Layout, site_rank
-from lorafit.layouts.base import split
+from lorafit.finite import all_finite
+from lorafit.layers import Site, site_class, site_of
+from lorafit.layouts import FOREIGN_KEYS, Layout, Slot, site_rank
+from lorafit.layouts.base import Locator, split
+from lorafit.patterns import heads, inside, tails
 from lorafit.peft_config import Parsed, expected_sites
 from lorafit.peft_layout import PREFIX, join, saved_as
 from lorafit.plan import Modules, all_linear
@@ -31,6 +33,13 @@ class Fit:
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
+
+    def slots_at(self, path: str, layout: Layout, parsed: Parsed) -> tuple[Slot, ...]:
+        """The tensors that a site has in a file of this type; asked of the layout once."""
+        if path not in self.slots:
+            self.slots[path] = layout.slots(self.sites[path], parsed)
+        return self.slots[path]
 
 
 def fit(stored: Stored, layout: Layout, parsed: Parsed, modules: Modules) -> Fit:
@@ -44,14 +53,22 @@ def fit(stored: Stored, layout: Layout, parsed: Parsed, modules: Modules) -> Fit
     for path in layout.paths(parsed):
         found.sites[path] = _site(path, f"{stored.config_path}: {path}", modules)
         found.adapters[path] = {}
+    locate = layout.locator(parsed)
     for key, tensor in stored.tensors.items():
-        _place(key, tensor, found, stored, layout, parsed, modules)
+        _place(key, tensor, found, stored, layout, parsed, modules, locate)
     _check_complete(found, stored, layout, parsed, modules)
     return found
 
 
 def _place(
-    key: str, tensor: Tensor, found: Fit, stored: Stored, layout: Layout, parsed: Parsed, modules: Modules
+    key: str,
+    tensor: Tensor,
+    found: Fit,
+    stored: Stored,
+    layout: Layout,
+    parsed: Parsed,
+    modules: Modules,
+    locate: Locator,
 ) -> None:
     where = f"{stored.weights_path}: {key}"
     if key in layout.shared:
@@ -66,9 +83,11 @@ def _place(
         )  # fmt: skip
     rest = key[len(PREFIX) :]
     _check_finite(where, tensor)
-    path, own_key = layout.locate(rest, parsed)
+    path, own_key = locate(rest)
     if path is not None:
-        found.sites[path] = site = _site(path, where, modules)
+        site = found.sites.get(path)
+        if site is None:
+            found.sites[path] = site = _site(path, where, modules)
         _fill(path, site, own_key, where, tensor, found, layout, parsed)
         return
     foreign, foreign_key = split(rest, FOREIGN_KEYS)
@@ -88,7 +107,7 @@ def _fill(
     path: str, site: Site, own_key: str, where: str, tensor: Tensor, found: Fit, layout: Layout, parsed: Parsed
 ) -> None:
     """Notes a tensor of a site under the name by which its layout knows it."""
-    slots = layout.slots(site, parsed)
+    slots = found.slots_at(path, layout, parsed)
     slot = next((slot for slot in slots if slot.key == own_key), None)
     if slots and slot is None:
         raise CheckpointError(
@@ -124,11 +143,11 @@ def _site(path: str, where: str, modules: Modules) -> Site:
             near=nearest(path, known),
             fix="load the base model that the adapter was trained on (base_model_name_or_path)",
         )
-    return kind(module)
+    return site_of(module)
 
 
 def _check_finite(where: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise CheckpointError(
             "the file holds values that are infinite or not a number",
             where=where,
@@ -151,8 +170,9 @@ def _check_floating(where: str, tensor: Tensor) -> None:
 
 def _copy(rest: str, tensor: Tensor, found: Fit, parsed: Parsed, modules: Modules) -> bool:
     """Whether the key belongs to a module that the config says is saved in full."""
-    for path in modules.by_path:
-        if any(saved_as(name, path) for name in parsed.modules_to_save) and rest.startswith(f"{path}."):
+    for path in heads(rest):
+        module = path != rest and path in modules.by_path
+        if module and any(saved_as(name, path) for name in parsed.modules_to_save):
             found.copies.setdefault(path, {})[rest[len(path) + 1 :]] = tensor
             return True
     return False
@@ -191,7 +211,7 @@ def _unexpected(rest: str, where: str, layout: Layout, parsed: Parsed, modules: 
 
 
 def _check_complete(found: Fit, stored: Stored, layout: Layout, parsed: Parsed, modules: Modules) -> None:
-    known = modules.known()
+    known = set(modules.known())
     if isinstance(parsed.targets, str) and parsed.targets.lower() == ALL_LINEAR:
         parsed = replace(parsed, targets=all_linear(modules))
     expected = expected_sites(
@@ -220,16 +240,18 @@ def _check_complete(found: Fit, stored: Stored, layout: Layout, parsed: Parsed, 
         )
     for path, values in found.adapters.items():
         site = found.sites[path]
-        for slot in layout.slots(site, parsed):
+        slots = found.slots_at(path, layout, parsed)
+        for slot in slots:
             if slot.attribute not in values:
                 raise _missing(join(path, slot.key), stored)
-        _shape(path, site, values, stored, layout, parsed)
+        _shape(path, site, values, stored, slots, site_rank(parsed, path))
     _check_copies(found, stored, layout, parsed, modules)
 
 
 def _under(parsed: Parsed, modules: Modules) -> set[str]:
-    roots = [path for path in modules.by_path if any(has_suffix(path, name) for name in parsed.modules_to_save)]
-    return {path for path in modules.by_path if any(path == root or path.startswith(f"{root}.") for root in roots)}
+    names = set(parsed.modules_to_save)
+    roots = {path for path in modules.by_path if any(tail in names for tail in tails(path))}
+    return {path for path in modules.by_path if inside(path, roots)} if roots else set()
 
 
 def _missing(key: str, stored: Stored) -> CheckpointError:
@@ -243,11 +265,10 @@ def _missing(key: str, stored: Stored) -> CheckpointError:
     )
 
 
-def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, layout: Layout, parsed: Parsed) -> None:
+def _shape(path: str, site: Site, values: dict[str, Tensor], stored: Stored, slots: Sequence[Slot], r: int) -> None:
     """Brings the tensors of one site into the site's own shape, or says what is wrong with them."""
-    r = site_rank(parsed, path)
     done: set[str] = set()
-    for slot in layout.slots(site, parsed):
+    for slot in slots:
         if slot.attribute in done:  # another spelling of the same
             continue
         done.add(slot.attribute)
@@ -309,11 +330,7 @@ def _absent(name: str, found: Fit, parsed: Parsed, modules: Modules) -> bool:
     named = [path for path in modules.by_path if has_suffix(path, name)]
     if not named:
         return name not in parsed.heads and not any(saved_as(name, path) for path in found.copies)
-    within = tuple(f"{root}." for root in found.copies)
-    return any(
-        path not in found.copies and not path.startswith(within) and plain_state(modules.by_path[path])
-        for path in named
-    )
+    return any(not inside(path, found.copies) and plain_state(modules.by_path[path]) for path in named)
 
 
 def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:

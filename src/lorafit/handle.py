@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lorafit import activation, merging, store
 from lorafit.adapted import bank_of, banks, check_removable, uninstall, walk
 from lorafit.errors import MergeError, StateError, nearest, some
-from lorafit.hooks import Binding, StepHooks, check_gradients, check_held, check_unused, with_copies
-from lorafit.layers import Shape, Site
+from lorafit.hooks import Binding, StepHooks, check_gradients, check_held, check_unused, quick, with_copies
+from lorafit.layers import Shape, Site, Sites, sparse
 from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method
 from lorafit.methods import validate
@@ -42,7 +42,7 @@ class Handle:
         self.model = model
         self.name = name
         self.method = method
-        self._sites = {site.path: site.site for site in planned}
+        self._sites = Sites({site.path: site.site.module for site in planned})
         self._methods = {site.path: site.method for site in planned}
         self._saved = dict(saved)
         self._folded: list[merging.Folded] | None = None
@@ -235,9 +235,12 @@ class Handle:
             lr: the base learning rate.
             total_steps: optimizer steps of the whole run, for methods whose schedule is a share of it (AdaLoRA).
             copies_lr: the learning rate of modules trained in full, if it is another one.
-            options: further arguments of `kind`.
+            options: further arguments of `kind`. Adam, AdamW and SGD get ``fused=True`` unless `fused`, `foreach` or
+                `differentiable` is among them: one kernel for all of an adapter's small tensors.
         """
         groups = self.param_groups(lr, copies_lr=copies_lr)
+        if not any(sparse(copy) for copy in self.copies.values()) and quick(kind, self._trained(), options):
+            options["fused"] = True
         return self.bind(kind(groups, **options), total_steps=total_steps)
 
     def bind(
@@ -267,7 +270,7 @@ class Handle:
             check_unused(optimizer, self.schedule, self.parameters())
             self.schedule.begin(total_steps)
         check = partial(self._check_first_step, allow_unused)
-        StepHooks.of(optimizer).add(Binding(self.name, self.method.name, check, self.parameters, self.schedule))
+        StepHooks.of(optimizer).add(Binding(self.name, self.method.name, check, self.named_parameters, self.schedule))
         self._bound.add(optimizer)
         return optimizer
 

@@ -6,7 +6,7 @@ of a schedule travels inside of the optimizer's `state_dict`, which they all sav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,6 +59,22 @@ def with_copies(groups: list[dict[str, Any]], copies: list[nn.Parameter], lr: fl
     return [*groups, {"params": copies, "lr": lr}] if copies else groups
 
 
+def quick(kind: type[torch.optim.Optimizer], named: Sequence[tuple[str, nn.Parameter]], given: Iterable[str]) -> bool:
+    """Whether an optimizer can do its whole step in one fused kernel, and nothing was said against that.
+
+    An adapter is hundreds of small tensors: one by one they take several times as long. The result is the same but for
+    rounding.
+
+    Args:
+        kind: its class.
+        named: what it will hold.
+        given: the names of the settings that it was given.
+    """
+    said = {"fused", "foreach", "differentiable"}.intersection(given)
+    known = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in named)
+    return kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) and known and not said
+
+
 def check_held(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Raises `TrainingError` if an optimizer lacks some of these parameters."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -80,7 +96,7 @@ class Binding:
         name: the adapter's.
         method: the name of its method.
         first: the check before the first step.
-        parameters: gives what it trains now.
+        named: gives what it trains now, by name.
         schedule: what the method does around a step, or None.
         key: its name among the optimizer's adapters: that of the adapter, numbered if another one has it.
     """
@@ -88,7 +104,7 @@ class Binding:
     name: str
     method: str
     first: Callable[[], None]
-    parameters: Callable[[], Sequence[nn.Parameter]]
+    named: Callable[[], Iterable[tuple[str, nn.Parameter]]]
     schedule: Schedule | None
     key: str = ""
     checked: bool = False
@@ -145,7 +161,7 @@ class StepHooks:
         for binding in scheduled:
             assert binding.schedule is not None
             # An adapter that does not act has no gradients, and takes no part in the step.
-            reached = self._late or any(parameter.grad is not None for parameter in binding.parameters())
+            reached = self._late or any(parameter.grad is not None for _, parameter in binding.named())
             binding.acts = reached and not skipped
             if binding.acts:
                 binding.schedule.before_step(optimizer)

@@ -10,13 +10,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorafit.adapted import RESERVED, adapted, banks, install, prepare, replaced, trained_copy
+from lorafit.adapted import RESERVED, adapting, banks, install, prepare, replaced, trained_copy
 from lorafit.errors import ConfigError, StateError, some
 from lorafit.handle import Handle
 from lorafit.layers import Site
 from lorafit.ledger import LEDGER, Ledger
 from lorafit.method import Adapter, Method, Sample, Spot
 from lorafit.methods import validate
+from lorafit.patterns import inside
 from lorafit.plan import Modules, Planned, check_model, choose, plan, saved_paths
 from lorafit.targets import ALL_LINEAR, Targets
 
@@ -62,7 +63,7 @@ def attach(
     modules = Modules.of(model)
     saved = saved_paths(modules, modules_to_save)
     paths = choose(model, modules, targets, exclude, saved)
-    overlap = [path for path in paths if any(path == root or path.startswith(f"{root}.") for root in saved)]
+    overlap = [path for path in paths if inside(path, set(saved))] if saved else []
     if overlap:
         raise ConfigError(
             "a module is both adapted and saved in full",
@@ -150,7 +151,8 @@ def install_all(
         for site in planned:
             place(site.site, adapters[site.path])
         copies = {path: trained_copy(module).requires_grad_(trainable) for path, module in saved.items()}
-    prepare((site.site.module for site in planned), adapted)
+    for site in planned:
+        prepare([site.site.module], adapting(site.site))
     prepare(saved.values(), replaced)
     ledger = vars(model).get(LEDGER)
     if ledger is None:
@@ -161,7 +163,7 @@ def install_all(
     for site in planned:
         adapter = adapters[site.path]
         adapter.requires_grad_(trainable)
-        install(site.site.module, name, adapter, adapted)
+        install(site.site.module, name, adapter, adapting(site.site))
     for path, module in saved.items():
         install(module, name, copies[path], replaced)
     ledger.names = (*ledger.names, name)
@@ -181,6 +183,8 @@ def place(site: Site, adapter: Adapter) -> Adapter:
 def _straighten(adapter: Adapter) -> None:
     """Gives each tensor of an adapter the layout that a file gives it: products round by the layout, too."""
     tensors = [each for each in (*adapter.parameters(), *adapter.buffers()) if each.layout is torch.strided]
+    if all(each.is_contiguous() for each in tensors):
+        return
     users = Counter(each.untyped_storage().data_ptr() for each in tensors)
     for tensor in tensors:
         if not tensor.is_contiguous() and users[tensor.untyped_storage().data_ptr()] == 1:

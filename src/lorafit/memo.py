@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+V = TypeVar("V")
 
 
 class Instant:
@@ -56,13 +58,13 @@ def _memory(tensor: Tensor) -> Hashable:
     return reference
 
 
-class Memo:
+class Memo(Generic[V]):
     """One value and the state for which it holds. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple[Hashable, ...], Tensor] | None = None
+        self._entry: tuple[tuple[Any, ...], V] | None = None
 
-    def get(self, now: tuple[Hashable, ...] | None, compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, now: tuple[Hashable, ...] | None, compute: Callable[[], V]) -> V:
         """The value remembered for the state `now`, or else a computed one, remembered unless `now` is None."""
         entry = self._entry
         if now is None:
@@ -74,9 +76,31 @@ class Memo:
             self._entry = entry
         return entry[1]
 
+    def held(self, tensors: Sequence[Tensor], *also: Hashable) -> V | None:
+        """The value if it is remembered for ``state(tensors, *also)``, else None.
+
+        It finds the same as `get` would, for a fraction of what it takes to make a state: this runs in forward passes.
+        """
+        if self._entry is None or _get_current_dispatch_mode() is not None:
+            return None
+        seen, value = self._entry
+        if seen[len(tensors) :] != also:
+            return None
+        try:
+            for each, (memory, version, offset, shape, stride, dtype) in zip(tensors, seen, strict=False):
+                # The weak reference in `seen` keeps the number from being given to other memory.
+                same = each.untyped_storage()._cdata == memory.cdata and each._version == version
+                if not same or each.storage_offset() != offset or each.shape != shape:
+                    return None
+                if each.stride() != stride or each.dtype != dtype:
+                    return None
+        except (RuntimeError, NotImplementedError):
+            return None
+        return value
+
     def clear(self) -> None:
         """Forgets the value."""
         self._entry = None
 
-    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Memo[V]], tuple[()]]:
         return Memo, ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapted import bank_of, rescales
-from lorafit.errors import MergeError, some
+from lorafit.errors import LorafitWarning, MergeError, some
+from lorafit.finite import all_finite
 from lorafit.layers import Site
 from lorafit.method import Adapter
 from lorafit.shared import shared_memory
@@ -89,8 +92,9 @@ def fold(
 ) -> list[Folded]:
     """Folds adapter `name` into the weights of its sites and its trained copies into the modules they stand for.
 
-    All new values are computed and checked once before the first weight changes; a failure after that undoes what was
-    done, unless nothing was kept.
+    All new values are computed and checked before the first weight changes; a failure after that undoes what was done,
+    unless nothing was kept. Where originals are kept, so are the new values until their turn: each gives its room to
+    an original. Else they are computed again.
 
     Args:
         model: the model, for finding weights that are shared.
@@ -115,16 +119,21 @@ def fold(
             fix="merge(untie=True) gives the merged layer a copy of its own",
         )
     with _ordinary():
+        waiting: list[Tensor] = []
         for row in rows:
-            _check_finite(row.name, row.value())
+            value = _checked(row)
+            if keep:
+                waiting.append(value)
+        waiting.reverse()
+        _tell_rounding(sites, name)
         folded: list[Folded] = []
         try:
             for row in rows:
                 untied = row.name in shared
-                value = row.value()
-                original = row.tensor.detach().clone() if keep else row.tensor
+                value = waiting.pop() if keep else row.value()
+                original = row.tensor.detach().clone() if keep and not untied else row.tensor
                 if untied:
-                    parameter = nn.Parameter(value.clone(), requires_grad=row.tensor.requires_grad)
+                    parameter = nn.Parameter(value, requires_grad=row.tensor.requires_grad)
                     setattr(row.module, row.attribute, parameter)
                 else:
                     row.tensor.copy_(value)
@@ -163,9 +172,25 @@ def refold(merged: Sequence[tuple[Folded, Tensor]]) -> list[Folded]:
 
 def _site_rows(sites: Mapping[str, Site], name: str) -> Iterator[_Row]:
     for path, site in sites.items():
-        weight = site.raw_weight
-        attribute = next(key for key, value in site.module._parameters.items() if value is weight)
-        yield _Row(f"{path}.{attribute}", site.module, attribute, weight, partial(_merged_weight, site, name))
+        tensors, parts = {**site.module._parameters, **site.module._buffers}, _Parts(site, name)
+        for attribute in site.parts:
+            tensor = tensors[attribute]
+            assert tensor is not None
+            yield _Row(f"{path}.{attribute}", site.module, attribute, tensor, partial(parts.take, attribute))
+
+
+class _Parts:
+    """The tensors of one merged layer, computed together before the first of them is written, and again after all."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self._site, self._name = site, name
+        self._left: dict[str, Tensor] = {}
+
+    def take(self, attribute: str) -> Tensor:
+        """One of them; each is taken once before all are computed again."""
+        if not self._left:
+            self._left = self._site.merged(change(self._site, _adapter(self._site, self._name)))
+        return self._left.pop(attribute)
 
 
 def _copy_rows(copies: Mapping[str, nn.Module], name: str) -> Iterator[_Row]:
@@ -177,25 +202,44 @@ def _copy_rows(copies: Mapping[str, nn.Module], name: str) -> Iterator[_Row]:
             prefix, _, attribute = key.rpartition(".")
             owner = module.get_submodule(prefix)
             tensor = getattr(owner, attribute)
-            yield _Row(f"{path}.{key}", owner, attribute, tensor, partial(value.detach().to, tensor.dtype))
+            yield _Row(f"{path}.{key}", owner, attribute, tensor, partial(value.detach().to, tensor.dtype, copy=True))
 
 
-def _merged_weight(site: Site, name: str) -> Tensor:
+def _adapter(site: Site, name: str) -> Adapter:
     bank = bank_of(site.module)
     assert bank is not None
     adapter = bank[name]
     assert isinstance(adapter, Adapter)
-    delta = change(site, adapter)
-    weight = site.raw_weight
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+    return adapter
 
 
-def _check_finite(path: str, value: Tensor) -> None:
-    if not torch.isfinite(value).all():
+def _tell_rounding(sites: Mapping[str, Site], name: str) -> None:
+    """Warns of what is lost where weights are kept in a form that cannot hold every sum."""
+    lost = size = 0.0
+    for site in sites.values():
+        if site.packed:
+            delta = change(site, _adapter(site, name))
+            exact = site.unfold(site.weight()) + delta
+            lost += float((site.kept(site.merged(delta)) - exact).square().sum(dtype=torch.float64))
+            size += float(delta.square().sum(dtype=torch.float64))
+    if size:
+        warnings.warn(
+            f"adapter {name!r} is merged into quantised weights, which are rounded again: what changes them is off by "
+            f"{math.sqrt(lost / size):.1%} of its size. dequantise(model) before merging keeps all of it",
+            LorafitWarning,
+            stacklevel=5,
+        )
+
+
+def _checked(row: _Row) -> Tensor:
+    """What the tensor of a row becomes. Raises `MergeError` for a value that is not finite."""
+    value = row.value()
+    if not all_finite(value):
         raise MergeError(
             "the merged weight is not finite",
-            where=path,
+            where=row.name,
             found=f"{int((~torch.isfinite(value)).sum())} values that are infinite or not a number in {value.dtype}",
             expected="finite values",
             fix="merge into float32 (model.float()), or look for a run that diverged",
         )
+    return value

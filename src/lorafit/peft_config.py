@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorafit.errors import CheckpointError, ConfigError, nearest, some
 from lorafit.method import Method
+from lorafit.patterns import Patterns, tails
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 
@@ -51,8 +52,8 @@ class Parsed:
 
     method: Method
     rank: int
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
     targets: list[str] | str | None
     exclude: list[str] | str
     modules_to_save: list[str]
@@ -184,40 +185,37 @@ def expected_sites(parsed: Parsed, paths: Sequence[str], where: Path) -> list[st
     if parsed.targets is None:
         return None
     tests = [parsed.targets] if isinstance(parsed.targets, str) else parsed.targets
-    regular = isinstance(parsed.targets, str)
+    named, excluded = _peft_test(parsed.targets), _peft_test(parsed.exclude)
     chosen = []
     hit: set[str] = set()
     for path in paths:
-        matched = [test for test in tests if _peft_match(test, path, regular)]
+        matched = named(path)
         hit.update(matched)
         # A name that is the whole path is meant as it stands; PEFT looks at layers for suffixes only.
         wanted = path in matched or _layer_wanted(parsed, path)
-        if matched and wanted and not _excluded(parsed.exclude, path):
+        if matched and wanted and not excluded(path):
             chosen.append(path)
     unmatched = [test for test in tests if test not in hit]
     if unmatched:
-        tails = sorted({path.rpartition(".")[2] for path in paths})
+        last = sorted({path.rpartition(".")[2] for path in paths})
         raise CheckpointError(
             "the adapter was made for modules that this model does not have",
             where=f"{where}: target_modules",
             found=some(map(repr, unmatched)),
-            expected=f"names among {some(tails, 8)}",
-            near=nearest(unmatched[0], tails),
+            expected=f"names among {some(last, 8)}",
+            near=nearest(unmatched[0], last),
             fix="load the base model that the adapter was trained on (base_model_name_or_path)",
         )
     return chosen
 
 
-def _peft_match(test: str, path: str, regular: bool) -> bool:
-    if regular:
-        return re.fullmatch(test, path) is not None
-    return path == test or path.endswith("." + test)
-
-
-def _excluded(exclude: list[str] | str, path: str) -> bool:
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, path) is not None
-    return any(_peft_match(test, path, False) for test in exclude)
+def _peft_test(names: list[str] | str) -> Callable[[str], Collection[str]]:
+    """Which of the names fit a path: one regular expression for all of it, or ends of it from a dot on."""
+    if isinstance(names, str):
+        whole = re.compile(names)
+        return lambda path: (names,) if whole.fullmatch(path) is not None else ()
+    wanted = set(names)
+    return lambda path: [tail for tail in tails(path) if tail in wanted]
 
 
 def _layer_wanted(parsed: Parsed, path: str) -> bool:

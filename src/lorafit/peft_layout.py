@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lorafit.errors import CheckpointError, LorafitWarning, some
 from lorafit.layers import Conv1DSite, Site
 from lorafit.method import Adapter, Method
-from lorafit.targets import lookup, suffixes_for
+from lorafit.patterns import Patterns
+from lorafit.targets import suffixes_for
 
 PREFIX = "base_model.model."
 
@@ -127,7 +128,7 @@ def _saved_names(copies: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Names that make PEFT replace exactly `copies`: last components where they are exact, else whole paths."""
     tails = sorted({path.rpartition(".")[2] for path in copies})
     for names in (tails, sorted(copies)):
-        caught = [path for path in modules if any(saved_as(name, path) for name in names)]
+        caught = [path for path in modules if path.endswith(tuple(names))]  # as `saved_as` has it, for all at once
         if set(caught) == set(copies):
             return names
     warnings.warn(
@@ -163,7 +164,8 @@ def whole(value: float) -> float:
 def exact_pattern(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
     """Patterns that give each path its own value and no other; anchored where a plain path would hit another's end."""
     values = dict(sorted(values.items()))  # the order in which a file has them, and the first hit counts
-    if all(lookup(values, path) == values.get(path) for path in paths):
+    patterns = Patterns(values)
+    if all(patterns.find(path) == values.get(path) for path in paths):
         return dict(values)
     return {anchored(path): value for path, value in values.items()}
 

@@ -14,10 +14,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorafit.adapted import BANK, bank_of, banks, plain_class, walk
 from lorafit.errors import ConfigError, StateError, TargetError, nearest, some
-from lorafit.layers import Site, bypass, own_forward, site_class
+from lorafit.layers import Site, bypass, own_forward, packed, site_class, site_of
 from lorafit.method import Adapter, Method, Spot
+from lorafit.patterns import Patterns, heads, inside
 from lorafit.shared import shared_memory
-from lorafit.targets import ALL_LINEAR, Targets, check_keys, lookup, match
+from lorafit.targets import ALL_LINEAR, Targets, check_keys, match
 
 
 @runtime_checkable
@@ -50,12 +51,7 @@ class Modules:
 
     def sites(self, paths: Iterable[str]) -> list[Site]:
         """The sites at these paths, each of a layer of a known type."""
-        found = []
-        for path in paths:
-            kind = site_class(plain_class(self.by_path[path]))
-            assert kind is not None
-            found.append(kind(self.by_path[path]))
-        return found
+        return [site_of(self.by_path[path]) for path in paths]
 
     def known(self) -> list[str]:
         """The paths of layers of a known type."""
@@ -138,7 +134,8 @@ def choose(
     known = modules.known()
     if targets == ALL_LINEAR:
         chosen = all_linear(modules)
-        chosen = [path for path in chosen if not _inside(path, modules_to_save)]
+        saved = set(modules_to_save)
+        chosen = [path for path in chosen if not inside(path, saved)]
     else:
         matched = match(targets, modules.aliases, known, "targets")
         chosen = list(dict.fromkeys(modules.aliases[path] for path in matched))
@@ -169,10 +166,6 @@ def all_linear(modules: Modules) -> list[str]:
         if kind is not None and kind.all_linear and module is not head:
             paths.append(path)
     return paths
-
-
-def _inside(path: str, roots: Collection[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 def _adaptable(path: str, modules: Modules) -> bool:
@@ -211,7 +204,7 @@ def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site]
             "attach first, then dispatch: load without device_map, attach, then accelerate.dispatch_model",
         )
     elif reason is None:
-        reason = _weight_objection(path, module) or _taken(module, whole=False) or kind(module).objection()
+        reason = _weight_objection(path, module) or _taken(module, whole=False) or site_of(module).objection()
     if reason is not None:
         raise TargetError(
             "this layer cannot be adapted", where=path, found=f"{base.__name__}: {reason[0]}", fix=reason[1]
@@ -223,6 +216,11 @@ def refuse_copy(path: str, modules: Modules) -> None:
     module, parent = modules.by_path[path], modules.parents[path]
     passed = None if parent is None else bypass(parent)
     reason = _taken(module, whole=True) if passed is None else (passed[0], "name the module around it instead")
+    if reason is None and any(packed(inner) for _, inner, _ in walk(module)):
+        reason = (
+            "a weight in it is quantised, and integers cannot be trained",
+            f"leave it as it is: quantise(model, exclude=[{path!r}])",
+        )
     if reason is not None:
         raise TargetError(
             "this module cannot be saved in full",
@@ -245,7 +243,8 @@ def _weight_objection(path: str, module: nn.Module) -> tuple[str, str] | None:
         return ("its weight has no shape yet", "run the model on one example batch, then attach")
     if weight.device.type == "meta":
         return ("its weight is on the meta device and has no values", "load the weights, then attach")
-    if not weight.is_floating_point():
+    kind = site_class(plain_class(module))
+    if not weight.is_floating_point() and (kind is None or not kind.packed):
         return (
             f"its weight is stored as {weight.dtype}, which this version cannot train over",
             f"load the model in bfloat16 or float32, or exclude=[{path!r}]",
@@ -256,7 +255,7 @@ def _weight_objection(path: str, module: nn.Module) -> tuple[str, str] | None:
 def _taken(module: nn.Module, *, whole: bool) -> tuple[str, str] | None:
     """Why the module has no room for an adapter, or for a full copy (`whole`), and what mends it."""
     bank = bank_of(module)
-    if bank is None and BANK in dir(module):
+    if bank is None and _has(module, BANK):
         return (f"it has an attribute named {BANK!r}, where its adapters would be kept", "rename that attribute")
     if bank is not None and isinstance(next(iter(bank.values())), Adapter) == whole:
         name, does = next(iter(bank)), "changes" if whole else "replaces"
@@ -265,6 +264,12 @@ def _taken(module: nn.Module, *, whole: bool) -> tuple[str, str] | None:
             f"detach {name!r} first",
         )
     return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether the module has an attribute of this name; `dir` would say so too, fifty times slower."""
+    kept = (vars(module), module._parameters, module._buffers, module._modules)
+    return any(name in names for names in kept) or any(name in vars(kind) for kind in type(module).__mro__)
 
 
 def plan(
@@ -285,6 +290,7 @@ def plan(
     """
     check_keys(rank_pattern or {}, paths, "rank_pattern")
     check_keys(alpha_pattern or {}, paths, "alpha_pattern")
+    ranks, alphas = Patterns(rank_pattern or {}), Patterns(alpha_pattern or {})
     planned = []
     shared = shared_weights(model, paths, modules)
     for path in paths:
@@ -300,17 +306,18 @@ def plan(
             )
         kind = site_class(plain_class(module))
         assert kind is not None
-        r, alpha = lookup(rank_pattern or {}, path), lookup(alpha_pattern or {}, path)
+        r, alpha = ranks.find(path), alphas.find(path)
         own = method if r is None and alpha is None else method.at(r=r, alpha=alpha)
-        new = Planned(path, kind(module), own, shared.get(path, ()))
-        reason = own.impossible(new.spot) or own.wasteful(new.spot)
+        new = Planned(path, site_of(module), own, shared.get(path, ()))
+        spot = new.spot
+        reason = own.impossible(spot) or own.wasteful(spot)
         if reason is not None:
             raise ConfigError(
                 f"{own.name} cannot be put on this layer",
                 where=path,
                 found=reason,
                 expected=f"settings that suit {kind.kind} {tuple(new.site.raw_weight.shape)}",
-                fix=_way_out(own, new.spot),
+                fix=_way_out(own, spot),
             )
         planned.append(new)
     return planned
@@ -352,7 +359,8 @@ def saved_paths(modules: Modules, modules_to_save: Sequence[str]) -> list[str]:
     matched = match(modules_to_save, modules.aliases, list(modules.by_path), "modules_to_save")
     paths = list(dict.fromkeys(modules.aliases[path] for path in matched))
     # A module inside another that is saved in full is in that one's copy.
-    paths = [path for path in paths if not _inside(path, [other for other in paths if other != path])]
+    roots = set(paths)
+    paths = [path for path in paths if not any(head in roots for head in heads(path) if head != path)]
     for path in paths:
         refuse_copy(path, modules)
         if not any(True for _ in modules.by_path[path].parameters()):

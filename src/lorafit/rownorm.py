@@ -4,8 +4,8 @@ With Δ = up down, and ∘ the elementwise product, row by row:
 
     ‖W + Δ‖² = ‖W‖² + 2 ⟨W, Δ⟩ + ‖Δ‖²,   ⟨W, Δ⟩ = Σ (W downᵀ) ∘ up,   ‖Δ‖² = Σ (up (down downᵀ)) ∘ up
 
-which needs numbers of the size of `up` where Δ would need those of W. A row in which Δ cancels nearly all of W would
-keep no correct digit that way: such rows are formed after all. Nothing here records gradients.
+which needs numbers of the size of `up` where Δ would need those of W, and one product with W. A row in which Δ cancels
+nearly all of W would keep no correct digit that way: such rows are formed after all. Nothing here records gradients.
 
 Everything is computed in at least single precision, whatever autocast says; a weight of lower precision is converted a
 slice at a time. (Where torch was told to multiply float32 as TF32, these products are TF32's too.)
@@ -24,8 +24,11 @@ from torch import Tensor
 from lorafit.delta import Delta, Dense, LowRank
 from lorafit.errors import MergeError
 
-CANCELS = 1e-2
-"""A row is formed where ‖W + Δ‖² is a smaller part than this of ‖W‖² + ‖Δ‖²: at most two digits are lost elsewhere."""
+CANCELS = 2e-2
+"""A row is formed where ‖W + Δ‖² is a smaller part than this of ‖W‖²: at most two digits are lost elsewhere.
+
+‖Δ‖ is at most ‖W‖ + ‖W + Δ‖: where this part is not small, neither is that of ‖W‖² + ‖Δ‖², in which digits are lost.
+"""
 WORST = 32
 """How many rows are looked at where a program may not branch on values."""
 SLICE = 2**22
@@ -66,8 +69,7 @@ def at_least_single(weight: Tensor) -> torch.dtype:
 @_exactly
 def row_squares(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """‖W‖² of each row of a matrix (out, in), as (out,)."""
-    dtype = dtype or at_least_single(weight)
-    return torch.cat([part.square().sum(dim=1) for part in _slices(weight, dtype)])
+    return _squares(weight, dtype or at_least_single(weight))
 
 
 @_exactly
@@ -84,16 +86,12 @@ def row_products(weight: Tensor, delta: Delta, dtype: torch.dtype | None = None)
         both = [(torch.sum(w * d, dim=1), d.square().sum(dim=1)) for w, d in parts]
         return torch.cat([cross for cross, _ in both]), torch.cat([own for _, own in both])
     assert isinstance(delta, LowRank)
-    up, down = _blocks(weight, delta)
-    if delta.groups == 1:
-        projected = torch.cat([part @ down[0].t() for part in _slices(weight, dtype)])[None]
-    else:
-        projected = torch.bmm(_grouped(weight.to(dtype), delta.groups), down.mT)
-    cross = (projected * up).sum(dim=-1)
-    own = (torch.bmm(up, torch.bmm(down, down.mT)) * up).sum(dim=-1)
-    return cross.flatten(), own.flatten().clamp(min=0)
+    projected, up, gram = _factored(weight, delta, dtype)
+    cross, own = torch.linalg.vecdot(projected, up), torch.linalg.vecdot(up @ gram, up)
+    return cross.flatten() * delta.scale, (own.flatten() * delta.scale**2).clamp(min=0)
 
 
+@_exactly
 def row_norm(
     weight: Tensor, delta: Delta | None = None, *, squares: Tensor | None = None, branch: bool = True
 ) -> Tensor:
@@ -110,46 +108,72 @@ def row_norm(
         (out,), never negative, without a gradient; exactly ‖W‖ where Δ is zero.
 
     Raises:
-        MergeError: Δ is no change of this matrix, since it mixes the groups of a convolution.
+        MergeError: Δ is no change of this matrix, since it mixes the groups of a grouped convolution.
     """
-    squares = row_squares(weight) if squares is None else squares
+    dtype = at_least_single(weight)
+    if isinstance(delta, Dense):
+        parts = zip(_slices(weight, dtype), _slices(delta.matrix, dtype), strict=True)
+        return torch.cat([(w + d).square().sum(dim=1) for w, d in parts]).sqrt_()
+    squares = _squares(weight, dtype) if squares is None else squares
     if delta is None:
         return squares.sqrt()
-    cross, own = row_products(weight, delta)
-    return _sum(weight, delta, squares, cross, own, branch=branch).sqrt()
+    assert isinstance(delta, LowRank)
+    projected, up, gram = _factored(weight, delta.to(dtype), dtype)
+    add = torch.addmm if delta.groups == 1 else torch.baddbmm
+    change = torch.linalg.vecdot(add(projected, up, gram, beta=2, alpha=delta.scale), up)  # (2 ⟨W, Δ⟩ + ‖Δ‖²) / scale
+    total = torch.add(squares, change.flatten(), alpha=delta.scale).clamp_(min=0)
+    return (_mended if branch else _mended_blindly)(weight, delta, squares, total).sqrt_()
 
 
-@_exactly
-def _sum(weight: Tensor, delta: Delta, squares: Tensor, cross: Tensor, own: Tensor, *, branch: bool) -> Tensor:
-    total = (squares + 2 * cross + own).clamp(min=0)
-    share = total / (squares + own)  # not a number in a row of zeros, which nothing is less than
-    if branch:
-        found = (share < CANCELS).nonzero().flatten()
-        rows = max(1, SLICE // max(1, weight.shape[1]))
-        for part in torch.split(found, rows) if len(found) else ():
+def _squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.dtype == dtype and weight.numel() <= SLICE:
+        return weight.square().sum(dim=1)
+    return torch.cat([part.square().sum(dim=1) for part in _slices(weight, dtype)])
+
+
+def _factored(weight: Tensor, delta: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(W downᵀ, up, down downᵀ), Δ's vectors in `up`; by group, as (groups, ...), where there are groups."""
+    up, down = _alike(weight, delta)
+    if delta.groups > 1:
+        up, down, grouped = (_grouped(each, delta.groups) for each in (up, down, weight.to(dtype)))
+        return grouped @ down.mT, up, down @ down.mT
+    whole = weight.dtype == dtype  # then there is nothing to convert, a slice at a time
+    projected = weight @ down.t() if whole else torch.cat([part @ down.t() for part in _slices(weight, dtype)])
+    return projected, up, down @ down.t()
+
+
+def _mended(weight: Tensor, delta: LowRank, squares: Tensor, total: Tensor) -> Tensor:
+    """‖W + Δ‖² with all rows formed that cancel; `total` is used up."""
+    found = (total < CANCELS * squares).nonzero().flatten()
+    if len(found):
+        for part in torch.split(found, max(1, SLICE // max(1, weight.shape[1]))):
             total[part] = _formed(weight, delta, part)
-        return total
+    return total
+
+
+def _mended_blindly(weight: Tensor, delta: LowRank, squares: Tensor, total: Tensor) -> Tensor:
+    """The same for the `WORST` rows that cancel most, whether they do or not."""
+    share = total / squares  # not a number in a row of zeros, which nothing is less than
     worst = share.nan_to_num(nan=1.0).topk(min(WORST, len(total)), largest=False).indices
     exact = torch.where(share[worst] < CANCELS, _formed(weight, delta, worst), total[worst])
     return total.index_copy(0, worst, exact)
 
 
-def _formed(weight: Tensor, delta: Delta, rows: Tensor) -> Tensor:
+def _formed(weight: Tensor, delta: LowRank, rows: Tensor) -> Tensor:
     """‖W + Δ‖² of some rows, by forming them."""
     dtype = at_least_single(weight)
-    if isinstance(delta, Dense):
-        change = delta.matrix[rows].to(dtype)
+    up, down = _alike(weight, delta.to(dtype))
+    if delta.groups == 1:
+        change = up[rows] @ down * delta.scale
     else:
-        assert isinstance(delta, LowRank)
-        up, down = _blocks(weight, delta.to(dtype))
-        own = up.flatten(0, 1)[rows]
-        change = own @ down[0] if delta.groups == 1 else torch.bmm(own[:, None], down[rows // up.shape[1]])[:, 0]
+        down = _grouped(down, delta.groups)
+        change = torch.bmm(up[rows][:, None], down[rows // (up.shape[0] // delta.groups)])[:, 0] * delta.scale
     return (weight[rows].to(dtype) + change).square().sum(dim=1)
 
 
-def _blocks(weight: Tensor, delta: LowRank) -> tuple[Tensor, Tensor]:
-    """(up, down) as (groups, out / groups, r / groups) and (groups, r / groups, in), all factors in them."""
-    up, down = delta.fold()
+def _alike(weight: Tensor, delta: LowRank) -> tuple[Tensor, Tensor]:
+    """(up, down) with Δ's vectors in `up`, and rows as long as those of the weight."""
+    up, down = delta.upward(), delta.down
     if down.shape[1] != weight.shape[1]:
         raise MergeError(
             "this adapter mixes the groups of a grouped convolution, which no change of its weight can do: "
@@ -158,7 +182,7 @@ def _blocks(weight: Tensor, delta: LowRank) -> tuple[Tensor, Tensor]:
             expected=f"{weight.shape[1]} columns: the channels of one group times the kernel",
             fix="train it again here: then each group has its own part of A",
         )
-    return _grouped(up, delta.groups), _grouped(down, delta.groups)
+    return up, down
 
 
 def _grouped(matrix: Tensor, groups: int) -> Tensor:

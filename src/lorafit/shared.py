@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafit.adapted import walk
 
@@ -41,8 +42,9 @@ def shared_memory(model: nn.Module, rows: Iterable[tuple[str, nn.Module, Tensor]
 
 
 def _memory(tensor: Tensor) -> int:
-    # Tensors on the meta device have no memory: each is its own.
-    return id(tensor) if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+    # Tensors on the meta device, and those that stand for others (torchao's), have no memory: each is its own.
+    own = tensor.device.type == "meta" or is_traceable_wrapper_subclass(tensor)
+    return id(tensor) if own else tensor.untyped_storage().data_ptr()
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -166,7 +166,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
         pending = [left for left in path.parent.glob(f".{CONFIG}.*.tmp") if _text(left) == copy]
         text = copy if pending else text
     config = _parsed(text, path)
-    return config, () if copy is None else _differences(config, _parsed(copy, path))
+    return config, () if copy is None or copy == text else _differences(config, _parsed(copy, path))
 
 
 def _differences(config: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, ...]:

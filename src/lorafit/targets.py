@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 from lorafit.errors import TargetError, nearest, some
+from lorafit.patterns import Patterns, tails
 
 ALL_LINEAR = "all-linear"
 Targets = str | Sequence[str]
-Value = TypeVar("Value")
 
 
 def has_suffix(path: str, suffix: str) -> bool:
@@ -22,8 +21,11 @@ def has_suffix(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 
-def pattern_list(patterns: Targets, what: str) -> list[tuple[str, Callable[[str], bool]]]:
-    """Each pattern with its test. A string is one regular expression, a sequence holds suffixes.
+Test = Callable[[str], Collection[str]]
+
+
+def pattern_test(patterns: Targets, what: str) -> tuple[list[str], Test]:
+    """The patterns, and which of them name a path. A string is one regular expression, a sequence holds suffixes.
 
     Raises:
         TargetError: an empty pattern, one that is no string, or a regular expression that does not compile.
@@ -38,7 +40,7 @@ def pattern_list(patterns: Targets, what: str) -> list[tuple[str, Callable[[str]
                 expected="a regular expression for whole module paths, or a list of suffixes",
                 fix=f"{what}=[{patterns!r}] if it is meant as a suffix",
             ) from None
-        return [(patterns, lambda path: whole.fullmatch(path) is not None)]
+        return [patterns], lambda path: (patterns,) if whole.fullmatch(path) is not None else ()
     if not isinstance(patterns, Iterable):
         raise TargetError(
             f"{what} is neither a string nor a list",
@@ -46,8 +48,8 @@ def pattern_list(patterns: Targets, what: str) -> list[tuple[str, Callable[[str]
             expected="a regular expression for whole module paths, or a list of suffixes",
             fix=f'{what}="all-linear"' if what == "targets" else f"{what}=()",
         )
-    tests: list[tuple[str, Callable[[str], bool]]] = []
-    for suffix in patterns:
+    suffixes = list(patterns)
+    for suffix in suffixes:
         if not isinstance(suffix, str) or not suffix:
             raise TargetError(
                 f"{what} holds something that is no module suffix",
@@ -55,8 +57,8 @@ def pattern_list(patterns: Targets, what: str) -> list[tuple[str, Callable[[str]
                 expected="non-empty strings such as 'q_proj' or 'layers.0.mlp.up_proj'",
                 fix=f"remove it from {what}",
             )
-        tests.append((suffix, lambda path, suffix=suffix: has_suffix(path, suffix)))  # type: ignore[misc]
-    return tests
+    wanted = set(suffixes)
+    return suffixes, lambda path: [tail for tail in tails(path) if tail in wanted]
 
 
 def match(patterns: Targets, paths: Iterable[str], known: Collection[str], what: str) -> list[str]:
@@ -72,51 +74,40 @@ def match(patterns: Targets, paths: Iterable[str], known: Collection[str], what:
         TargetError: naming each pattern that matches nothing, with near names.
     """
     listed = list(paths)
-    tests = pattern_list(patterns, what)
-    chosen = [path for path in listed if any(test(path) for _, test in tests)]
-    missed = [pattern for pattern, test in tests if not any(test(path) for path in listed)]
+    every, test = pattern_test(patterns, what)
+    named = {path: test(path) for path in listed}
+    chosen = [path for path in listed if named[path]]
+    used = {pattern for matched in named.values() for pattern in matched}
+    missed = [pattern for pattern in every if pattern not in used]
     if missed:
         raise _no_match(missed, isinstance(patterns, str), known, what)
     return chosen
 
 
 def _no_match(missed: list[str], regular: bool, known: Collection[str], what: str) -> TargetError:
-    tails = sorted({path.rpartition(".")[2] for path in known})
-    near = dict.fromkeys(name for pattern in missed for name in nearest(pattern, [*tails, *known]))
+    last = sorted({path.rpartition(".")[2] for path in known})
+    near = dict.fromkeys(name for pattern in missed for name in nearest(pattern, [*last, *known]))
     if regular and any(has_suffix(path, missed[0]) for path in known):
         fix = f"a string is a regular expression for the whole path; for a suffix write {what}=[{missed[0]!r}]"
     elif near:
         fix = f"write {next(iter(near))!r}, or remove the pattern"
     else:
-        fix = f"remove the pattern; the model has modules named {some(tails, 8) or '(none that can be adapted)'}"
+        fix = f"remove the pattern; the model has modules named {some(last, 8) or '(none that can be adapted)'}"
     return TargetError(
         f"{what} matches no module",
         found=", ".join(repr(pattern) for pattern in missed),
-        expected=f"names among {some(tails, 8)}" if tails else "a model with layers that can be adapted",
+        expected=f"names among {some(last, 8)}" if last else "a model with layers that can be adapted",
         where=what,
         near=list(near)[:3],
         fix=fix,
     )
 
 
-def lookup(pattern: Mapping[str, Value], path: str) -> Value | None:
-    """The value of the first key that matches the whole path or its last components, as PEFT matches."""
-    for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return None
-
-
-def unmatched(pattern: Mapping[str, object], paths: Sequence[str]) -> list[str]:
-    """The keys of a rank or alpha pattern that match none of the paths."""
-    return [key for key in pattern if not any(re.fullmatch(rf"(.*\.)?({key})", path) for path in paths)]
-
-
 def check_keys(pattern: Mapping[str, object], paths: Sequence[str], what: str) -> None:
     """Raises `TargetError` for keys of a rank or alpha pattern that match no site, or do not compile."""
     for key in pattern:
         try:
-            missed = unmatched({key: None}, paths)
+            re.compile(f"({key})")
         except re.error as error:
             raise TargetError(
                 f"a key of {what} is not a regular expression: {error}",
@@ -124,8 +115,9 @@ def check_keys(pattern: Mapping[str, object], paths: Sequence[str], what: str) -
                 found=repr(key),
                 fix="mend the key",
             ) from None
-        if missed:
-            raise _no_match(missed, False, paths, what)
+    missed = Patterns(pattern).idle(paths)
+    if missed:
+        raise _no_match(missed, False, paths, what)
 
 
 def suffixes_for(sites: Sequence[str], modules: Sequence[str]) -> list[str] | str:
@@ -135,11 +127,11 @@ def suffixes_for(sites: Sequence[str], modules: Sequence[str]) -> list[str] | st
     expression.
     """
     wanted = set(sites)
-    tails = sorted({site.rpartition(".")[2] for site in sites})
+    last = sorted({site.rpartition(".")[2] for site in sites})
     if "" in wanted:  # the model itself is the layer: a list cannot say so
         return "|".join(re.escape(site) for site in sorted(sites))
-    if {module for module in modules if any(has_suffix(module, tail) for tail in tails)} == wanted:
-        return tails
-    if {module for module in modules if any(has_suffix(module, site) for site in sites)} == wanted:
-        return sorted(sites)
+    for names in (last, sorted(sites)):
+        known = set(names)
+        if {module for module in modules if any(tail in known for tail in tails(module))} == wanted:
+            return names
     return "|".join(re.escape(site) for site in sorted(sites))

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafit as lf
 from lorafit.errors import ConfigError, LorafitWarning, TrainingError
@@ -543,18 +545,18 @@ def test_the_penalty_s_gradient_is_that_of_autograd(groups):
     x = torch.randn(3, groups, 5, 4, dtype=torch.float64, requires_grad=True)
     full = [torch.block_diag(*site) for site in x]
     sum(torch.linalg.matrix_norm(site.T @ site - torch.eye(4 * groups)) for site in full).backward()
-    torch.testing.assert_close(orthogonality(x.detach(), None), x.grad)
+    torch.testing.assert_close(x.detach() @ orthogonality(x.detach(), None), x.grad)
     live = torch.tensor([True, False, True, True]).expand(3, groups, 4)
     x.grad = None
     full = [torch.block_diag(*site[:, :, live[0, 0]]) for site in x]
     sum(torch.linalg.matrix_norm(site.T @ site - torch.eye(3 * groups)) for site in full).backward()
-    torch.testing.assert_close(orthogonality(x.detach(), live), x.grad)
+    torch.testing.assert_close(x.detach() @ orthogonality(x.detach(), live), x.grad)
 
 
 def test_the_penalty_has_no_nan_where_its_norm_is_zero():
     exact = torch.eye(5, 3)[None, None]
-    assert torch.equal(orthogonality(exact, None), torch.zeros(1, 1, 5, 3))
-    assert orthogonality(torch.zeros(2, 1, 5, 0), None).shape == (2, 1, 5, 0)
+    assert torch.equal(orthogonality(exact, None), torch.zeros(1, 1, 3, 3))
+    assert orthogonality(torch.zeros(2, 1, 5, 0), None).shape == (2, 1, 0, 0)
     assert not orthogonality(torch.randn(2, 1, 5, 3), torch.zeros(2, 1, 3, dtype=torch.bool)).any()
 
 
@@ -564,7 +566,10 @@ def test_the_penalty_has_no_nan_where_its_norm_is_zero():
 def test_the_penalty_is_that_of_the_published_code():
     p, q = (torch.tensor(GOLDEN["penalty"][name], dtype=torch.float64) for name in ("P", "Q"))
     weight = GOLDEN["penalty"]["weight"]
-    mine = {"P": orthogonality(p[:, None], None)[:, 0], "Q": orthogonality(q.mT[:, None], None)[:, 0].mT}
+    mine = {
+        "P": (p[:, None] @ orthogonality(p[:, None], None))[:, 0],
+        "Q": (orthogonality(q.mT[:, None], None) @ q[:, None])[:, 0],
+    }
     for name, gradient in mine.items():
         theirs = torch.tensor(GOLDEN["penalty"][f"gradient_{name}"], dtype=torch.float64)
         # Its γ is divided by the number of matrices, here by that of the sites.
@@ -861,3 +866,36 @@ def test_a_handle_passes_the_length_on_and_misses_it():
     optimizer = handle.optimizer(torch.optim.AdamW, lr=1e-2)
     with pytest.raises(TrainingError, match="nobody said how long"):
         trained(model, handle, optimizer, range(1))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("orthogonality", [0.0, 0.5])
+def test_a_step_makes_few_calls_and_copies_no_weight(orthogonality):
+    """A site more of the same shape costs three products for the scores, and two and two for the penalty."""
+    counts = []
+    for sites in (2, 12):
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(sites)))
+        handle = lf.attach(model, AdaLoRA(init_r=4, target_r=2, total_steps=100, orthogonality=orthogonality))
+        optimizer = handle.optimizer(torch.optim.SGD, lr=0.1)
+        for _ in range(2):  # the first time there are no averages yet
+            optimizer.zero_grad()
+            model(torch.randn(3, 6)).square().sum().backward()
+            with Operations() as seen:
+                handle.schedule.before_step(optimizer)
+        counts.append(seen.calls)
+    assert not set(counts[1]) & {"stack", "cat", "clone", "copy_"}
+    work = {name: counts[1][name] - counts[0][name] for name in counts[1]}
+    views = {"view", "detach", "unbind", "slice", "t", "transpose", "select", "_unsafe_view", "alias"}
+    more = {name: count for name, count in work.items() if count and name not in views}
+    assert more == {"mul": 30} | ({"mm": 20, "addmm_": 20} if orthogonality else {})

@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import lorafit as lf
 from lorafit.layers import Acting
+from lorafit.methods import delta_lora
 from lorafit.methods.delta_lora import DeltaLoRA, DeltaLoRAAdapter
 from lorafit.methods.initialisers import INITIALISERS
 from lorafit.methods.lora import LoRAAdapter
@@ -554,3 +556,131 @@ def test_copies_and_pickles_compute_the_same(some_layer, twin: Callable[[nn.Modu
     model, _, _ = started(some_layer)
     x = some_layer.input() if some_layer.kind is nn.Embedding else some_layer.input().double()
     assert torch.equal(twin(model)(x), model(x))
+
+
+# What a forward pass costs ----------------------------------------------------
+
+
+def rank(handle: lf.Handle, path: str = "two") -> int:
+    delta = handle.adapter(path).update(handle.sites[path].weight).delta
+    return delta.down.shape[0]
+
+
+@pytest.mark.parametrize(("start", "ranks"), [(0, [2, 2, 2, 2]), (2, [2, 2, 4, 4]), (9, [2, 2, 2, 2])])
+def test_the_rank_is_doubled_only_after_the_start(start: int, ranks: list[int]):
+    handle = lf.attach(small(), DeltaLoRA(r=2, start=start), targets=SITES, seed=0)
+    optimizer = handle.optimizer(torch.optim.SGD, **SGD)
+    found = []
+    for step in range(4):
+        found.append(rank(handle))
+        train(handle, optimizer, range(step, step + 1))
+    assert found == ranks
+
+
+def test_before_the_start_its_matrices_are_those_that_are_trained():
+    handle = lf.attach(small(), DeltaLoRA(r=2, start=5), targets=SITES, seed=0)
+    adapter = handle.adapter("two")
+    delta = adapter.update(handle.sites["two"].weight).delta
+    assert delta.up is adapter.B and delta.down is adapter.A
+
+
+def test_values_are_read_from_the_device_once_after_each_change(monkeypatch: pytest.MonkeyPatch):
+    reads = []
+    plain = delta_lora._Moved.of
+    monkeypatch.setattr(delta_lora._Moved, "of", lambda *tensors: (reads.append(1), plain(*tensors))[1])
+    handle = lf.attach(small(), DeltaLoRA(r=2, start=2), targets=SITES, seed=0)
+    optimizer = handle.optimizer(torch.optim.SGD, **SGD)
+    counts = []
+    for step in range(5):
+        train(handle, optimizer, range(step, step + 1))
+        handle.model(batch(step)).sum().backward()
+        counts.append(len(reads))
+    assert counts == [3, 6, 6, 6, 6]  # three sites: at first, and when they departed
+
+
+def _loads(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    model.load_state_dict({k: torch.zeros_like(v) if k.endswith("lam") else v for k, v in model.state_dict().items()})
+    return adapter
+
+
+def _loads_others(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    state = {k: torch.zeros_like(v) if k.endswith("lam") else v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return adapter
+
+
+def _written(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    adapter.lam.zero_()
+    return adapter
+
+
+def _moved(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    adapter.lam.zero_()
+    model.float().double()
+    return adapter
+
+
+def _copied(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    twin = copy.deepcopy(adapter)
+    twin.lam.zero_()
+    while twin.lam._version < adapter.lam._version:  # a version is no name: the original has had it too
+        twin.lam.zero_()
+    return twin
+
+
+def _pickled(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    twin = pickle.loads(pickle.dumps(adapter))
+    twin.lam.zero_()
+    return twin
+
+
+def _averaged(model: nn.Module, adapter: DeltaLoRAAdapter) -> DeltaLoRAAdapter:
+    model.eval()
+    adapter.lam.data.zero_()
+    return adapter
+
+
+@pytest.mark.parametrize("change", [_loads, _loads_others, _written, _moved, _copied, _pickled, _averaged])
+def test_another_lambda_is_noticed_however_it_came(change: Callable[..., DeltaLoRAAdapter]):
+    handle = lf.attach(small(), DeltaLoRA(r=2, start=1), targets=SITES, seed=0)
+    train(handle, handle.optimizer(torch.optim.SGD, **SGD), range(3))
+    assert rank(handle) == 4
+    adapter = change(handle.model, handle.adapter("two"))
+    assert adapter.lam == 0
+    delta = adapter.update(handle.sites["two"].weight).delta
+    assert delta.down.shape[0] == 2 and torch.equal(delta.dense(), LoRAAdapter.update(adapter, None).delta.dense())
+
+
+def test_where_values_cannot_be_read_all_rows_are_multiplied():
+    handle, expected = run(DeltaLoRA(r=2, start=1), 4)
+    site, adapter = handle.sites["two"], handle.adapter("two")
+    with FlopCounterMode(display=False):
+        seen = adapter.update(site.weight).delta
+        result = handle.model(batch(1000))
+    assert seen.down.shape[0] == 4 and close(result, expected)
+    assert close(seen.dense(), adapter.update(site.weight).delta.dense())
+    with torch.device("meta"):
+        meta = copy.deepcopy(adapter).to("meta")
+    assert meta.update(lambda: torch.empty(8, 6)).delta.down.shape == (4, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+def test_one_compiled_graph_serves_before_and_after_the_start():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    handle = lf.attach(nn.Sequential(nn.Linear(6, 8).double()), DeltaLoRA(r=2, start=2), seed=0)
+    compiled, x = torch.compile(handle.model, backend=backend, fullgraph=True), torch.randn(3, 6).double()
+    optimizer = handle.optimizer(torch.optim.SGD, **SGD)
+    for _ in range(4):
+        optimizer.zero_grad()
+        y = compiled(x)
+        assert close(y, handle.model(x))
+        y.square().sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1
+    torch.compiler.reset()

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lorafit as lf
 from lorafit.layers import Shape
 from lorafit.method import Spot
+from lorafit.methods import dora
 from lorafit.methods.adalora import AdaLoRA
 from lorafit.methods.dora import DoRA, DoRAAdapter
 from lorafit.methods.lora import LoRA
@@ -87,7 +88,10 @@ def inputs(layer: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def norms(adapter: DoRAAdapter) -> list[Tensor | None]:
     """What is remembered: the norm, and ‖W‖²."""
-    return [None if memo._entry is None else memo._entry[1] for memo in (adapter._norm, adapter._squares)]
+    lengths, squares = (
+        None if memo._entry is None else memo._entry[1] for memo in (adapter._lengths, adapter._squares)
+    )
+    return [None if lengths is None else lengths.norm, squares]
 
 
 # W' = W at the start
@@ -354,6 +358,43 @@ def test_the_norm_is_computed_once_per_optimizer_step():
         assert norms(adapter)[1] is squares  # W has not changed: neither has ‖W‖²
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_how_often_norms_are_computed(monkeypatch, reentrant):
+    """Once per site for the micro-batches of a step, checkpointed or not, and once for all batches of an evaluation."""
+    model, handle, _, x = small()
+    x.requires_grad_()
+    optimizer = handle.optimizer(torch.optim.AdamW, lr=0.1)
+    computed = []
+    plain = dora.row_norm
+    monkeypatch.setattr(dora, "row_norm", lambda *args, **kwargs: (computed.append(1), plain(*args, **kwargs))[1])
+
+    def count() -> int:
+        found = len(computed)
+        computed.clear()
+        return found
+
+    for _ in range(2):
+        for _ in range(3):
+            y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+            y.square().mean().backward()
+        assert count() == len(handle.sites)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert count() == len(handle.sites)
+
+
+def test_a_gain_is_one_operation():
+    model, _, adapter, x = small()
+    model(x)
+    gain = adapter.update(lambda: model[0].weight).gain
+    leaves = [function for function, _ in gain.grad_fn.next_functions if function is not None]
+    assert len(leaves) == 1 and leaves[0].variable is adapter.m
+
+
 @pytest.mark.parametrize("bound", [True, False])
 @pytest.mark.parametrize(
     "how", [{"foreach": False}, {"foreach": True}, {"fused": True}, {"fused": True, "amsgrad": True}]
@@ -569,6 +610,8 @@ def test_no_dense_change_is_formed_in_training():
     assert counter.get_total_flops() == path + norm
 
 
+# Dynamo instantiates every autograd.Function that it traces, which torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_it_compiles_to_one_graph():
     model, handle, adapter, x = small()
     adapter.forget()

@@ -237,8 +237,8 @@ def test_a_loaded_or_moved_a_is_corrected_with_its_own_inverse():
         assert torch.allclose(adapter.B.grad, corrected(adapter, g), rtol=1e-9)
 
     check()
-    first = handle.schedule._factor("0", adapter)
-    assert handle.schedule._factor("0", adapter) is first
+    first = handle.schedule._inverse("0", adapter)
+    assert handle.schedule._inverse("0", adapter) is first
     other = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
     model.load_state_dict(other)
     check()
@@ -354,8 +354,9 @@ def test_autograd_keeps_r_numbers_a_token_and_never_x(kind: Callable[[int, int],
         return shapes
 
     weights = {(out, inn), (inn, out), (r, inn), (out, r)}
-    assert set(run(LoRAFA(r=r))) - weights == {(*tokens, r)}
-    assert set(run(lf.LoRA(r=r))) - weights == {(*tokens, r), (*tokens, inn)}
+    rows = tokens[0] * tokens[1]
+    assert set(run(LoRAFA(r=r))) - weights == {(rows, r)}
+    assert set(run(lf.LoRA(r=r))) - weights == {(rows, r), (*tokens, inn)}
 
 
 def test_gradients_are_those_of_a_lora_with_the_same_values(layer):
@@ -430,3 +431,32 @@ def test_copies_and_pickles_compute_the_same(some_layer):
     x = some_layer.input() if some_layer.kind is nn.Embedding else some_layer.input().double()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
+
+
+def test_the_inverse_is_exact_though_a_is_nearly_singular():
+    """r = in: squaring A costs half of the digits, and float32 would have none left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 9))
+    handle = lf.attach(model, LoRAFA(r=8, alpha=8.0), seed=0)
+    adapter = handle.adapter("0")
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(torch.randn(8, 8).double())
+        adapter.A.copy_(left @ torch.diag(torch.logspace(0, -3, 8).double()) @ right)
+    a = adapter.A.double()
+    exact = torch.linalg.inv(a @ a.T)
+    found = handle.schedule._inverse("0", adapter)[0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_what_is_singular_in_the_precision_of_a_is_an_error():
+    model = nn.Sequential(nn.Linear(8, 5))
+    handle = lf.attach(model, LoRAFA(r=2), seed=0)
+    with torch.no_grad():
+        adapter = handle.adapter("0")
+        adapter.A[1] = adapter.A[0]
+        adapter.A[1, 0] *= 1 + 2e-7  # the last digit
+    optimizer = handle.optimizer(torch.optim.SGD, lr=0.1)
+    loss(model, torch.randn(3, 8)).backward()
+    with pytest.raises(lf.TrainingError, match="singular"):
+        optimizer.step()

@@ -191,3 +191,23 @@ def test_parts_of_a_frozen_vector():
     plain = torch.stack([m.sum() for m in matrices(operator.project(v), None, PARTS)])
     torch.testing.assert_close(grad, torch.stack([plain[0] + plain[2], plain[1]]))
     assert not any(m.requires_grad for m in parts_of(v, lam.detach(), operator, PARTS, None))
+
+
+def test_matrices_and_their_factors_take_the_room_of_p_v_once():
+    operator = Fastfood.draw(28, 6, 3)
+    v, lam = torch.randn(6, requires_grad=True), torch.tensor([0.5, -2.0], requires_grad=True)
+    found = parts_of(v, lam, operator, PARTS, None)
+    assert len({each.untyped_storage().data_ptr() for each in found}) == 1
+    assert found[0].untyped_storage().nbytes() == 4 * operator.length
+    for expected, each in zip(matrices(operator.project(v.detach()), lam, PARTS), found, strict=True):
+        torch.testing.assert_close(each, expected)
+
+
+def test_a_factor_that_leaves_nothing_still_has_its_gradient():
+    operator, v = Fastfood.draw(28, 6, 3), torch.randn(6)
+    found = []
+    for value in (1e-38, 0.0, 1.0):
+        lam = torch.tensor([value, 1.0], requires_grad=True)
+        found.append(torch.autograd.grad(sum(m.sum() for m in parts_of(v, lam, operator, PARTS, None)), lam)[0])
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])

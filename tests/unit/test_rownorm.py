@@ -104,6 +104,18 @@ def test_rows_that_cancel(kind, branch, dtype):
     )
 
 
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.2, 0.15, 0.14, 0.1, 0.01])
+@pytest.mark.parametrize("large", [1, 300])
+def test_few_digits_are_lost_however_much_of_a_row_is_taken_away(kept, large):
+    """Of ‖W‖ in the direction of Δ only `kept` is left, beside `large` rows that are far from cancelling."""
+    weight = draw(OUT, 64).float()
+    up = -torch.eye(OUT) * (1 - kept)
+    up[OUT // 2 :] *= large
+    delta = LowRank(up, weight.clone())
+    expected = (weight.double() + delta.to(torch.float64).dense()).norm(dim=1)
+    torch.testing.assert_close(row_norm(weight, delta).double(), expected, rtol=3e-5, atol=0)
+
+
 def test_many_rows_that_cancel_are_formed_a_slice_at_a_time(monkeypatch):
     monkeypatch.setattr(rownorm, "SLICE", 3 * INN)
     weight = draw(OUT, INN)
@@ -231,3 +243,33 @@ def test_a_memo():
     with torch.inference_mode():
         assert not memo.get(("b",), compute).is_inference()
     assert len(calls) == 6
+
+
+def test_what_is_held_is_what_get_would_give():
+    memo: Memo[str] = Memo()
+    tensor, other = torch.zeros(4, 4), torch.zeros(4, 4)
+    assert memo.held([tensor], 1) is None
+    memo.get(state([tensor, other], 1), lambda: "value")
+    assert memo.held([tensor, other], 1) == "value"
+    for tensors, also in (([other, tensor], (1,)), ([tensor], (1,)), ([tensor, other], (2,)), ([tensor, other], ())):
+        assert memo.held(tensors, *also) is None
+    for view in (tensor.t(), tensor[1:], tensor.view(16), tensor.view(torch.int32)):
+        assert memo.held([view, other], 1) is None
+    with FlopCounterMode(display=False):
+        assert memo.held([tensor, other], 1) is None
+    with torch.inference_mode():
+        assert memo.held([torch.zeros(4, 4), other], 1) is None
+        assert memo.held([tensor, other], 1) == "value"
+    assert copy.deepcopy(memo).held([tensor, other], 1) is None
+    other.add_(1)
+    assert memo.held([tensor, other], 1) is None
+
+
+def test_other_memory_at_the_same_address_is_not_held():
+    memo: Memo[int] = Memo()
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    for _ in range(20):
+        memo.get(state([parameter]), lambda: 1)
+        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.float()
+        assert memo.held([parameter]) is None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import TargetError
-from lorafit.targets import check_keys, has_suffix, lookup, match, suffixes_for
+from lorafit.targets import check_keys, has_suffix, match, suffixes_for
 
 PATHS = ["", "model", "model.layers.0.q_proj", "model.layers.0.k_proj", "model.layers.10.q_proj", "model.lm.q_proj_b"]
 
@@ -57,17 +57,6 @@ def test_what_matches_nothing_is_an_error_that_helps(patterns, parts):
 def test_has_suffix():
     assert has_suffix("a.b", "b") and has_suffix("a.b", "a.b") and has_suffix("", "")
     assert not has_suffix("a.bb", "b") and not has_suffix("b.a", "b")
-
-
-def test_lookup_is_first_match_on_whole_components():
-    pattern = {"q_proj": 1, r"layers\.0\..*": 2, "model": 3}
-    assert lookup(pattern, "model.layers.0.q_proj") == 1
-    assert lookup(pattern, "model.layers.0.k_proj") == 2
-    assert lookup(pattern, "model.layers.10.k_proj") is None
-    assert lookup(pattern, "x_q_proj") is None
-    assert lookup({"^q_proj": 4}, "model.q_proj") is None
-    assert lookup({"a|b": 5}, "x.b") == 5
-    assert lookup({}, "x") is None
 
 
 def test_check_keys():

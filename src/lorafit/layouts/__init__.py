@@ -23,6 +23,7 @@ from lorafit.methods.dora import DoRAAdapter
 from lorafit.methods.intrinsic import IntrinsicAdapter
 from lorafit.methods.lora import LoRA
 from lorafit.methods.vera import VeRAAdapter
+from lorafit.patterns import Patterns
 from lorafit.peft_config import COMMON, NOT_MATHEMATICS, Parsed, Reader
 from lorafit.peft_layout import HEADS, Description, common_config, copies_of, for_file
 
@@ -130,8 +131,8 @@ def parse(config: Mapping[str, Any], where: Path) -> tuple[Layout, Parsed, Ours 
         Parsed(
             method=method,
             rank=layout.rank(reader),
-            rank_pattern=layout.ranks(reader),
-            alpha_pattern=layout.alphas(reader),
+            rank_pattern=Patterns(layout.ranks(reader)),
+            alpha_pattern=Patterns(layout.alphas(reader)),
             targets=reader.expression("target_modules"),
             exclude=reader.expression("exclude_modules") or [],
             modules_to_save=reader.saved(),

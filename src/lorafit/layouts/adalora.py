@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafit.errors import LorafitWarning, some
 from lorafit.layers import Conv1DSite, Conv2dSite, LinearSite, Site, VectorSite
-from lorafit.layouts.base import ContradictionError, Layout, Place, Record, Slot, blank, exactly, put
+from lorafit.layouts.base import ContradictionError, Layout, Place, Record, Slot, Undrawn, blank, exactly, put
 from lorafit.layouts.lora import LoraLayout
 from lorafit.method import Adapter, Around, Method
 from lorafit.methods.adalora import AdaLoRA, AdaLoRAAdapter
@@ -157,7 +157,8 @@ class AdaLoraLayout(Layout):
     def adapters(
         self, method: Method, places: Sequence[Place], shared: Mapping[str, Tensor], parsed: Parsed, record: Record
     ) -> dict[str, Adapter]:
-        made = blank(method, places)
+        with Undrawn():
+            made = blank(method, places)
         if record and _settings(_within(method)) != _settings(_within(parsed.method)):
             raise ContradictionError(f"it is {_within(method)}, the settings are those of {parsed.method}")
         for place in places:

@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lorafit.layers import Site
 from lorafit.method import Adapter, Around, Method, Spot
 from lorafit.methods.initialisers import INITIALISERS
 from lorafit.peft_config import Parsed, Reader
 from lorafit.peft_layout import Description
-from lorafit.targets import lookup
 
 Record = Mapping[str, Any]
 """What a file of this library keeps for itself, under the key "lorafit" of its config."""
+
+
+Locator = Callable[[str], tuple[str | None, str]]
 
 
 class ContradictionError(Exception):
@@ -111,9 +114,10 @@ class Layout(ABC):
     def keys(self, parsed: Parsed) -> tuple[str, ...]:
         """The keys of `slots` of all kinds of sites."""
 
-    def locate(self, rest: str, parsed: Parsed) -> tuple[str | None, str]:
-        """Module path and own key of a tensor, from its key without the prefix; no path for a key of no site."""
-        return split(rest, self.keys(parsed))
+    def locator(self, parsed: Parsed) -> Locator:
+        """Gives module path and own key of a tensor, from its key without the prefix; no path for a key of no site."""
+        keys = self.keys(parsed)
+        return lambda rest: split(rest, keys)
 
     def paths(self, parsed: Parsed) -> Sequence[str]:
         """Sites that may have no tensor of their own."""
@@ -154,13 +158,28 @@ def split(rest: str, keys: Iterable[str]) -> tuple[str | None, str]:
 
 def site_rank(parsed: Parsed, path: str) -> int:
     """The rank that a config gives a site."""
-    found = lookup(parsed.rank_pattern, path)
+    found = parsed.rank_pattern.find(path)
     return parsed.rank if found is None else found
+
+
+class Undrawn(TorchFunctionMode):
+    """Within it nothing is drawn at random: for adapters of which a file has every tensor."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.uniform_ or function is Tensor.normal_:
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def blank(method: Method, places: Sequence[Place]) -> dict[str, Adapter]:
     """New adapters of the right kind whose values are about to be replaced: nothing is learnt from weights or data."""
-    spots = [replace(place.spot, method=_plain(place.spot.method)) for place in places]
+    plain: dict[Method, Method] = {}
+    spots = []
+    for spot in (place.spot for place in places):
+        own = plain[spot.method] if spot.method in plain else plain.setdefault(spot.method, _plain(spot.method))
+        spots.append(spot if own is spot.method else replace(spot, method=own))
     made = _plain(method).adapters(spots, generator=torch.Generator())
     absent = [place.path for place in places if place.path not in made]
     if absent:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lorafit.errors import CheckpointError, nearest
 from lorafit.layers import Site
-from lorafit.layouts.base import Layout, Place, Record, Slot, blank, put
+from lorafit.layouts.base import Layout, Locator, Place, Record, Slot, blank, put
 from lorafit.method import Adapter, Around, Method
 from lorafit.methods.subspace import Subspace
 from lorafit.methods.vera import Projection, VeRA
+from lorafit.patterns import heads
 from lorafit.peft_config import Parsed, Reader
 from lorafit.peft_layout import Description, join
 
@@ -63,12 +64,16 @@ class OwnLayout(Layout):
     def keys(self, parsed: Parsed) -> tuple[str, ...]:
         return ()
 
-    def locate(self, rest: str, parsed: Parsed) -> tuple[str | None, str]:
-        for path in sorted(self.paths(parsed), key=len, reverse=True):
-            start = f"{path}." if path else ""
-            if rest.startswith(start):
-                return path, rest[len(start) :]
-        return None, ""
+    def locator(self, parsed: Parsed) -> Locator:
+        paths = set(self.paths(parsed))
+
+        def locate(rest: str) -> tuple[str | None, str]:
+            inner = [path for path in heads(rest) if path in paths and path != rest]
+            if inner:  # the innermost of two, one inside the other
+                return inner[-1], rest[len(inner[-1]) + 1 :]
+            return ("", rest) if "" in paths else (None, "")
+
+        return locate
 
     def paths(self, parsed: Parsed) -> Sequence[str]:
         paths = parsed.config[OWN].get("paths")

@@ -8,12 +8,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafit.errors import LorafitWarning, TrainingError
 from lorafit.method import Schedule
 from lorafit.methods.adalora_budget import Averages, Plan, best, orthogonality, planned, telling
-from lorafit.methods.adalora_triplets import TRIPLET, Triplets, alone, blocks, separable, shrink, survivors
+from lorafit.methods.adalora_triplets import (
+    TRIPLET,
+    Triplets,
+    alone,
+    blocks,
+    parameter_of,
+    separable,
+    shrink,
+    survivors,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class AdaLoRASchedule(Schedule):
         self._live: dict[str, Tensor] = {}
         self._ranks: dict[str, int] | None = None
         self._seen = False
+        self._sorted: tuple[dict[str, int], list[tuple[str, ...]]] | None = None
         self.step = 0
         self.plan: Plan | None = None
         self.finished = False
@@ -82,15 +92,21 @@ class AdaLoRASchedule(Schedule):
         if self.step == 0 and self._ranks is None:
             self._plan()  # again: values of another rank may have been loaded since
         self._check()
-        for paths in self._alike({p: _sizes(a.parameters()) for p, a in self._adapters.items()}):
-            weights = {name: self._stack(paths, name, gradients=False) for name in TRIPLET}
+        for paths in self._kinds():
+            sites = [self._adapters[path] for path in paths]
+            weights = {name: [parameter_of(site, name) for site in sites] for name in TRIPLET}
             if not self.finished:
-                gradients = {name: self._stack(paths, name, gradients=True) for name in TRIPLET}
+                gradients = {name: [each.grad for each in same] for name, same in weights.items()}
                 if paths not in self._averages:
-                    self._averages[paths] = Averages.zero(weights)
+                    self._averages[paths] = Averages.zero(
+                        {
+                            name: torch.stack([blocks(each, sites[0].groups) for each in weights[name]])
+                            for name in TRIPLET
+                        }
+                    )
                 self._averages[paths].update(weights, gradients, self._course.beta1, self._course.beta2)
             if self._course.orthogonality:
-                self._penalise(paths, weights)
+                self._penalise(paths, weights, sites[0].groups)
 
     def _check(self) -> None:
         if self.plan is None:
@@ -110,8 +126,9 @@ class AdaLoRASchedule(Schedule):
                 fix="load the adapter and the optimizer from the same checkpoint",
             )
         self._ranks = now
-        parameters = [p for adapter in self._adapters.values() for p in adapter.parameters() if p.numel()]
-        self._seen = self._seen or not parameters or any(p.grad is not None for p in parameters)
+        if not self._seen:
+            parameters = [p for adapter in self._adapters.values() for p in adapter.parameters() if p.numel()]
+            self._seen = not parameters or any(p.grad is not None for p in parameters)
         if not self._seen:
             raise TrainingError(
                 "AdaLoRA needs the gradients before the optimizer steps, and there are none",
@@ -129,24 +146,32 @@ class AdaLoRASchedule(Schedule):
                 kinds.setdefault(key, []).append(path)
         return [tuple(paths) for paths in kinds.values()]
 
-    def _stack(self, paths: tuple[str, ...], name: str, *, gradients: bool) -> Tensor:
-        tensors = []
-        for adapter in (self._adapters[path] for path in paths):
-            tensor: Tensor = adapter.get_parameter(name)
-            if gradients:  # a site that no data reached has none: its gradient is 0
-                tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            tensors.append(blocks(tensor, adapter.groups))
-        return torch.stack(tensors)
+    def _kinds(self) -> list[tuple[str, ...]]:
+        """The paths of the sites by shape as they are now; looked up again only after ranks have changed."""
+        assert self._ranks is not None
+        if self._sorted is None or self._sorted[0] != self._ranks:
+            sizes = {p: _sizes(a.parameters()) for p, a in self._adapters.items()}
+            self._sorted = (dict(self._ranks), self._alike(sizes))
+        return self._sorted[1]
 
-    def _penalise(self, paths: tuple[str, ...], weights: Mapping[str, Tensor]) -> None:
-        live = torch.stack([self._live[path] for path in paths]).view_as(weights["lam"]) if self._live else None
-        gradients = {"P": orthogonality(weights["P"], live), "Q": orthogonality(weights["Q"].mT, live).mT}
-        for name, stacked in gradients.items():
-            scaled = stacked.contiguous() * (self._course.orthogonality / len(self._adapters))
-            for path, each in zip(paths, scaled, strict=True):
-                parameter = self._adapters[path].get_parameter(name)
-                part = each.view(parameter.shape)
-                parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
+    def _penalise(self, paths: tuple[str, ...], weights: Mapping[str, list[nn.Parameter]], groups: int) -> None:
+        live = None
+        if self._live:
+            live = torch.stack([self._live[path].view(groups, -1) for path in paths])
+        weight = self._course.orthogonality / len(self._adapters)
+        for name in ("P", "Q"):
+            same = weights[name]
+            tensors: list[Tensor] = [*same] if groups == 1 else [blocks(each, groups) for each in same]
+            columns = tensors if name == "P" else [each.mT for each in tensors]
+            factors = orthogonality(columns, live).mul_(weight)
+            for parameter, x, factor in zip(same, tensors, (factors[:, 0] if groups == 1 else factors), strict=True):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                left, right = (x, factor) if name == "P" else (factor, x)
+                if groups == 1:
+                    parameter.grad.addmm_(left, right)
+                else:
+                    parameter.grad.add_((left @ right).view(parameter.shape))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -20,8 +20,10 @@ bf16, detaching gives W₀ back bit for bit, and files hold a plain LoRA of rank
 Trained: A and B, with the gradients of s B A alone (dL/dB = s G Aᵀ, dL/dA = s Bᵀ G at the gradient G of the weight W is
 now): the moves of W are no function of A and B to autograd, while dL/dx is that of all of W. Count: as LoRA.
 Init: as LoRA's; initialisers with B₀ A₀ ≠ 0 are refused.
-Schedule: counts optimizer steps (not micro-batches); after step K it copies A and B and sets λ. Resumes exactly. Until
-then λ = 0 and the second half of the rank 2 r computes zeros, so that nothing has to ask the device for λ.
+Schedule: counts optimizer steps (not micro-batches); after step K it copies A and B and sets λ. Resumes exactly.
+Cost: until then, and always where K = 0 (so that B_K = 0), that of LoRA of rank r; from then on that of rank 2 r, and
+never a pass over a weight. The device is asked for λ once after each change of it, not in each forward pass; compiled
+programs, and others that may not ask, multiply by all 2 r rows always.
 
 What it comes to. λ = 0, or K past the end, is LoRA. With K = 0 the change is s (1 + λ) B A, and Adam does not see the
 scale of gradients: it is then LoRA with alpha (1 + λ) at the same rates, up to Adam's ε and to clipping. The product of
@@ -37,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ from torch import Tensor, nn
 from lorafit.delta import LowRank, Update
 from lorafit.errors import TrainingError, some
 from lorafit.layers import Shape
+from lorafit.memo import Memo, state
 from lorafit.method import Adapter, Evidence, Method, Schedule, Spot
 from lorafit.methods import validate
 from lorafit.methods.initialisers import INITIALISERS
@@ -52,6 +55,19 @@ from lorafit.methods.lora import LoRA, stacked
 
 # K where nothing was said about it: a share of the run, or a number of steps where its length is not known.
 SHARE, STEPS = 0.1, 500
+
+
+class _Moved(NamedTuple):
+    """What has moved the weight so far: λ, and −λ B_K unless that is zero (as it is where K = 0)."""
+
+    lam: float
+    back: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lam: Tensor, b: Tensor) -> _Moved:
+        value = float(lam)
+        return cls(value, -value * b if value and b.any() else None)
 
 
 class DeltaLoRAAdapter(Adapter):
@@ -68,16 +84,48 @@ class DeltaLoRAAdapter(Adapter):
         self.register_buffer("A_K", a.clone())
         self.register_buffer("B_K", b.clone())
         self.register_buffer("lam", torch.zeros(()))
+        self._known: Memo[_Moved] = Memo()
         self.scale = scale
         self.groups = groups
 
     def update(self, weight: Callable[[], Tensor]) -> Update:
         # Of (1 + λ) B A, only one B A is a function of A and B: λ B stands beside B without a gradient, and A, which
         # meets both, passes on 1 / (1 + λ) of its own. The values are those of A and B exactly.
-        up = self.B + self.lam * self.B.detach()
-        down = self.A.detach() + (self.A - self.A.detach()) / (1 + self.lam)
-        up, down = stacked((up, down), (-self.lam * self.B_K, self.A_K), self.groups)
+        a: Tensor = self.A
+        b: Tensor = self.B
+        moved = self._moved()
+        if moved is None:
+            up, down = b + self.lam * b.detach(), a.detach() + (a - a.detach()) / (1 + self.lam)
+            up, down = stacked((up, down), (-self.lam * self.B_K, self.A_K), self.groups)
+        elif moved.lam == 0:
+            up, down = b, a
+        else:
+            up, down = torch.add(b, b.detach(), alpha=moved.lam), torch.lerp(a.detach(), a, 1 / (1 + moved.lam))
+            if moved.back is not None:
+                up, down = stacked((up, down), (moved.back, self.A_K), self.groups)
         return Update(LowRank(up, down, scale=self.scale, groups=self.groups))
+
+    def _moved(self) -> _Moved | None:
+        """λ and −λ B_K as they are, read again only after a change; None where values cannot be read."""
+        if torch.compiler.is_compiling():
+            return None
+        lam, b = self.lam, self.B_K
+        known = self._known.held((lam, b))
+        if known is not None:
+            return known
+        now = state((lam, b))
+        return None if now is None or lam.is_meta else self._known.get(now, lambda: _Moved.of(lam, b))
+
+    def forget(self) -> None:
+        """Drops what is remembered of the buffers. Needed only where one was written to through `.data`."""
+        self._known.clear()
+
+    def train(self, mode: bool = True) -> DeltaLoRAAdapter:
+        # Averages of tensors are often swapped in for evaluation through `.data`, which no version shows.
+        if mode != self.training:
+            self.forget()
+        super().train(mode)
+        return self
 
     @torch.no_grad()
     def plain(self) -> tuple[Tensor, Tensor]:

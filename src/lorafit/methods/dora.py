@@ -33,14 +33,15 @@ In PEFT's files: `lora_magnitude_vector` beside the inner method's tensors, with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.delta import Delta, LowRank, Update
-from lorafit.layers import Shape
+from lorafit.layers import Shape, Stored
 from lorafit.memo import STEPS, Memo, state
 from lorafit.method import Adapter, Around, Method, Sharing, Spot
 from lorafit.methods import validate
@@ -49,6 +50,22 @@ from lorafit.methods.lora import LoRA
 from lorafit.methods.lora_fa import LoRAFA
 from lorafit.methods.vera import VeRA
 from lorafit.rownorm import row_norm, row_squares
+
+
+class _Lengths(NamedTuple):
+    """‖W + ΔV‖ of each row, and the gain m / ‖W + ΔV‖ as `idle` + m / `divisor`, with 1 for rows without a direction.
+
+    Such a row has the divisor ∞, by which m counts nothing and gets no gradient.
+    """
+
+    norm: Tensor
+    idle: Tensor
+    divisor: Tensor
+
+    @classmethod
+    def of(cls, norm: Tensor) -> _Lengths:
+        idle = ~(norm > 0)
+        return cls(norm, idle.to(norm.dtype), norm.masked_fill(idle, torch.inf))
 
 
 class DoRAAdapter(Adapter):
@@ -64,33 +81,46 @@ class DoRAAdapter(Adapter):
         self.m = nn.Parameter(m)
         self.inner = inner
         self.dropout = inner.dropout
-        self._norm, self._squares = Memo(), Memo()
+        self._lengths: Memo[_Lengths] = Memo()
+        self._squares: Memo[Tensor] = Memo()
 
     def update(self, weight: Callable[[], Tensor]) -> Update:
         delta = self.inner.update(weight).delta
-        norm = self.norm(weight(), delta)
-        directed = norm > 0
-        gain = torch.where(directed, self.m / torch.where(directed, norm, 1.0), 1.0)
-        return Update(delta, gain)
+        lengths = self._found(weight, delta)
+        # One operation for autograd. A quotient and not a product with 1 / C: m / C is exactly 1 where m is C.
+        return Update(delta, torch.addcdiv(lengths.idle, self.m, lengths.divisor))
 
     def norm(self, weight: Tensor, delta: Delta) -> Tensor:
         """‖W + ΔV‖ of each row, (out,), without a gradient: a new one, or that of the last time if it still holds."""
-        if torch.compiler.is_compiling():
-            return row_norm(weight, delta, branch=False)
-        factors = (delta.scale, delta.groups) if isinstance(delta, LowRank) else ()
-        now = state([weight, *_tensors(self.inner)], STEPS.now, factors)
-        return self._norm.get(
-            now, lambda: row_norm(weight, delta, squares=self._row_squares(weight), branch=now is not None)
-        )
+        return self._found(lambda: weight, delta).norm
 
-    def _row_squares(self, weight: Tensor) -> Tensor:
+    def _found(self, weight: Callable[[], Tensor], delta: Delta) -> _Lengths:
+        if torch.compiler.is_compiling():
+            return _Lengths.of(row_norm(weight(), delta, branch=False))
+        # A weight that has to be formed is, where what it is formed of has changed.
+        kept = weight.tensors if isinstance(weight, Stored) else (weight(),)
+        tensors = [*kept, *_tensors(self.inner)]
+        also = (STEPS.now, delta.scale, delta.groups) if isinstance(delta, LowRank) else (STEPS.now,)
+        known = self._lengths.held(tensors, *also)
+        if known is not None:
+            return known
+        now = state(tensors, *also)
+
+        def anew() -> _Lengths:
+            matrix = weight() if isinstance(weight, Stored) else kept[0]
+            squares = self._row_squares(matrix, kept)
+            return _Lengths.of(row_norm(matrix, delta, squares=squares, branch=now is not None))
+
+        return self._lengths.get(now, anew)
+
+    def _row_squares(self, weight: Tensor, kept: Sequence[Tensor]) -> Tensor:
         # Who trains the base weight too may do so with a fused optimizer.
-        now = state([weight], STEPS.now if weight.requires_grad else None)
+        now = state(kept, STEPS.now if weight.requires_grad else None)
         return self._squares.get(now, lambda: row_squares(weight))
 
     def forget(self) -> None:
         """Drops what is remembered of the weights. Needed only where one was written to through `.data`."""
-        self._norm.clear()
+        self._lengths.clear()
         self._squares.clear()
 
     def train(self, mode: bool = True) -> DoRAAdapter:
@@ -110,14 +140,15 @@ class DoRAAdapter(Adapter):
             self.inner.resize(inside)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def _tensors(module: nn.Module) -> list[Tensor]:
     """Every tensor of an adapter, those that it only refers to included."""
-    for each in module.modules():  # one walk: this runs in each forward pass
-        for tensor in (*each._parameters.values(), *each._buffers.values()):
-            if tensor is not None:
-                yield tensor
-        if isinstance(each, Sharing):
-            yield from _tensors(each.common)
+    found = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
+    for child in module._modules.values():
+        if child is not None:
+            found += _tensors(child)
+    if isinstance(module, Sharing):
+        found += _tensors(module.common)
+    return found
 
 
 REFUSED: Mapping[str, str] = {

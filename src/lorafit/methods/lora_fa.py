@@ -11,7 +11,7 @@ Correction (version 2):   ĝ_B = (1 / s²) g_B (A Aᵀ)⁻¹, the gradient of B 
 | B      | `LoRAFAAdapter.B`    | (out, r / groups)          |
 | s      | `LoRAFA.scale`       | α / r (rsLoRA: α / √r)     |
 | g_B    | `LoRAFAAdapter.B.grad` | like B                   |
-| L      | `Correction._factors` | (groups, r / groups, r / groups), L Lᵀ = A Aᵀ |
+| (A Aᵀ)⁻¹ / s² | `Correction._inverses` | (groups, r / groups, r / groups) |
 
 Trained: B alone. Count: out · r / groups per site. Every change s B A has its rows in the row space of A.
 Init: as LoRA's, so B A = 0. On an Embedding LoRA starts from A = 0, which would stay 0 here: A ~ N(0, 1 / r) instead,
@@ -25,7 +25,7 @@ Memory: autograd keeps A x for B, r numbers a token, and no x: at linear layers 
 convolution of torch keeps its input in any case. Dropout is refused: its mask would have to be kept for every x.
 
 Deviations. The published code (PEFT's) adds 1e-8 to the diagonal of A Aᵀ, takes a pseudo-inverse in every step and
-multiplies in bf16 where there is bf16; here there is one Cholesky factor per site, in at least float32, and a singular
+multiplies in bf16 where there is bf16; here there is one inverse per site, computed once in float64, and a singular
 A Aᵀ is an error. That code is an optimizer of its own, AdamW; here the correction comes before any optimizer.
 In PEFT's files: plain LoRA.
 """
@@ -67,17 +67,19 @@ class LoRAFAAdapter(Adapter):
         return f"r={self.A.shape[0]}, scale={self.scale:g}, A frozen"
 
 
-class _Factor(NamedTuple):
-    """A triangular factor of A Aᵀ, and the state of A that it was made from."""
+class _Inverse(NamedTuple):
+    """(A Aᵀ)⁻¹ / s², and the s and state of A that it was made from."""
 
     source: Tensor
     address: int
     version: int
-    lower: Tensor
+    scale: float
+    matrix: Tensor
 
-    def fits(self, a: Tensor) -> bool:
+    def fits(self, a: Tensor, scale: float) -> bool:
         """Whether A is still what it was: the same tensor, not written to and not given other memory since."""
-        return self.source is a and self.address == a.data_ptr() and self.version == a._version
+        same = self.source is a and self.address == a.data_ptr() and self.version == a._version
+        return same and self.scale == scale
 
 
 class Correction(Schedule):
@@ -91,7 +93,7 @@ class Correction(Schedule):
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self._adapters = {path: each for path, each in adapters.items() if isinstance(each, LoRAFAAdapter)}
-        self._factors: dict[str, _Factor] = {}
+        self._inverses: dict[str, _Inverse] = {}
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -99,10 +101,12 @@ class Correction(Schedule):
             grad = adapter.B.grad
             if grad is None:  # experts that no token has reached
                 continue
-            lower = self._factor(path, adapter).to(torch.promote_types(grad.dtype, torch.float32))
-            blocks = grad.to(lower.dtype).view(adapter.groups, -1, grad.shape[1])
-            solved = torch.cholesky_solve(blocks.mT, lower).mT
-            grad.copy_(solved.flatten(0, 1).div_(adapter.scale**2))
+            inverse = self._inverse(path, adapter).to(torch.promote_types(grad.dtype, torch.float32))
+            if adapter.groups == 1:
+                grad.copy_(grad.to(inverse.dtype) @ inverse[0])
+            else:
+                blocks = grad.to(inverse.dtype).view(adapter.groups, -1, grad.shape[1])
+                grad.copy_((blocks @ inverse).flatten(0, 1))
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         return
@@ -113,24 +117,27 @@ class Correction(Schedule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         return
 
-    def _factor(self, path: str, adapter: LoRAFAAdapter) -> Tensor:
-        """The factor of A Aᵀ, made once and again only after A was loaded or moved."""
-        known = self._factors.get(path)
-        if known is None or not known.fits(adapter.A):
+    def _inverse(self, path: str, adapter: LoRAFAAdapter) -> Tensor:
+        """(A Aᵀ)⁻¹ / s², made once and again only after A was loaded or moved."""
+        known = self._inverses.get(path)
+        if known is None or not known.fits(adapter.A, adapter.scale):
             a = adapter.A
-            lower = _triangle(a.to(torch.promote_types(a.dtype, torch.float32)), adapter.groups, path)
-            known = self._factors[path] = _Factor(a, a.data_ptr(), a._version, lower)
-        return known.lower
+            exact = torch.float32 if a.device.type == "mps" else torch.float64
+            single = torch.promote_types(a.dtype, torch.float32)
+            lower = _triangle(a.to(exact), adapter.groups, path, torch.finfo(single).eps)
+            matrix = torch.cholesky_inverse(lower).div_(adapter.scale**2).to(single)
+            known = self._inverses[path] = _Inverse(a, a.data_ptr(), a._version, adapter.scale, matrix)
+        return known.matrix
 
 
-def _triangle(a: Tensor, groups: int, path: str) -> Tensor:
-    """L (groups, r / groups, r / groups), lower triangular, with L Lᵀ = A Aᵀ in each group.
+def _triangle(a: Tensor, groups: int, path: str, eps: float) -> Tensor:
+    """L (groups, r / groups, r / groups), lower triangular, with L Lᵀ = A Aᵀ in each group, for numbers exact to `eps`.
 
     Aᵀ = Q R gives L = Rᵀ. Squaring A first would cost half of its digits, which counts where r is close to `in`.
     """
     blocks = a.view(groups, -1, a.shape[1])
     lower: Tensor = torch.linalg.qr(blocks.mT, mode="r").R.mT
-    rank = torch.linalg.matrix_rank(lower)
+    rank = torch.linalg.matrix_rank(lower, rtol=eps * blocks.shape[1])
     if (rank < blocks.shape[1]).any():
         raise TrainingError(
             "the gradient of B cannot be corrected: A Aᵀ is singular",

@@ -1,0 +1,67 @@
+"""Memory that is used for a moment: on a CPU one buffer for all, elsewhere what the device's allocator hands out.
+
+On a CPU a new buffer of some MB costs more than what is written into it: the system hands it out page by page, and
+clears each. A device with an allocator of its own keeps what was freed, and its work is in order: there a new tensor is
+as cheap as an old one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+PIECE = {"cpu": 2**17}
+"""Numbers that are worked on at a time, by device type, as measured: float32 and a copy of them stay in a cache."""
+LEAST = 32
+"""Rows of a piece at least: products of fewer are slow."""
+
+
+class _Buffers(threading.local):
+    """The buffers of one thread: two models may be trained in two."""
+
+    def __init__(self) -> None:
+        self.by_kind: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_BUFFERS = _Buffers()
+
+
+def recorded() -> bool:
+    """Whether operations are recorded, to be compiled, replayed or counted: then each must happen, in the same way."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def reusable(device: torch.device) -> bool:
+    """Whether memory may be written to twice."""
+    return device.type == "cpu" and not recorded()
+
+
+def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor that nobody needs after the next call for the same purpose; its values are arbitrary.
+
+    Args:
+        purpose: what for; different purposes do not share.
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: where.
+    """
+    if not reusable(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    size, key = math.prod(shape), (purpose, dtype)
+    buffer = _BUFFERS.by_kind.get(key)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = _BUFFERS.by_kind[key] = torch.empty(size, dtype=dtype)
+    return buffer[:size].view(shape)
+
+
+def pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Runs of rows that are best worked on together; one run of all where nothing is gained by less."""
+    step = max(LEAST, PIECE[device.type] // max(1, width)) if reusable(device) else max(1, rows)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
