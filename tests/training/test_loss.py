@@ -6,10 +6,12 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -26,7 +28,7 @@ from transformers import (
 )
 
 from lorafit.errors import DataError, TrainingError
-from lorafit.training.crossentropy import needs_autograd, summed_cross_entropy
+from lorafit.training.crossentropy import FrozenMatrix, needs_autograd, summed_cross_entropy
 from lorafit.training.loss import IGNORED, Batch, SupervisedLoss
 
 VOCABULARY = 61
@@ -121,15 +123,18 @@ def freeze_all_but(model: nn.Module, part: str) -> None:
         parameter.requires_grad_(part in name)
 
 
-class Count:
-    """Rows that went into the output head, call by call."""
+class Count(TorchDispatchMode):
+    """Rows of logits that are computed within, product by product."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.rows: list[int] = []
-        model.get_output_embeddings().register_forward_hook(self._note)
 
-    def _note(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.rows.append(output.numel() // output.shape[-1])
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and made.shape[-1] == VOCABULARY:
+            self.rows.append(len(made))
+        return made
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -181,10 +186,10 @@ def test_rows_computes_one_row_of_logits_for_each_learnt_token(kind: str, chunk:
     freeze_all_but(model, ".0.")
     batch = make_batch()
     loss = SupervisedLoss.prepare(model, chunk=chunk)
-    count = Count(model)
-    loss(model, batch).backward()
-    # One more row goes on through the model, and tells whether the head is trained.
-    assert sum(count.rows) == learnt(batch) + 1
+    with Count() as count:
+        loss(model, batch).backward()
+    # One more row goes on through the model, and tells whether the head is trained; it may be another kind of product.
+    assert learnt(batch) <= sum(count.rows) <= learnt(batch) + 1
     assert max(count.rows) <= chunk
 
 
@@ -192,8 +197,8 @@ def test_columns_computes_only_positions_where_a_sequence_learns() -> None:
     model = build("gemma2")
     batch = make_batch()
     loss = SupervisedLoss.prepare(model)
-    count = Count(model)
-    loss(model, batch).backward()
+    with Count() as count:
+        loss(model, batch).backward()
     columns = int((batch["labels"][:, 1:] != IGNORED).any(dim=0).sum())
     assert sum(count.rows) == columns * len(batch["labels"]) < batch["labels"].numel()
 
@@ -418,3 +423,80 @@ def test_float16_gradients_keep_the_loss_scale() -> None:
     )
     (total * 65536).backward()
     torch.testing.assert_close(hidden.grad[0, 1:].float() / 65536, torch.full((3,), 1.125e-7), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [2, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_frozen_matrix_gives_what_calling_it_gives(bias: bool, chunk: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(23, 6, generator=generator, dtype=torch.float64).to(dtype)
+    offset = torch.randn(23, generator=generator, dtype=torch.float64).to(dtype) if bias else None
+    hidden = torch.randn(7, 6, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.tensor([0, 22, 3, 3, 1, 9, 9])
+    found = []
+    for head in (FrozenMatrix(weight, offset), lambda rows: nn.functional.linear(rows, weight, offset)):
+        leaf = hidden.clone().requires_grad_()
+        total = summed_cross_entropy(leaf, targets, head, through_head=False, chunk=chunk)
+        (total / 7).backward()
+        found.append((total.detach(), leaf.grad))
+    assert found[0][0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found[0], found[1])
+    exact = nn.functional.cross_entropy(nn.functional.linear(hidden, weight, offset).double(), targets, reduction="sum")
+    torch.testing.assert_close(found[0][0].double(), exact, rtol=1e-6, atol=1e-6)
+    if dtype == torch.float64 and not bias:
+        matrix = FrozenMatrix(weight, None)
+        assert torch.autograd.gradcheck(
+            lambda x: summed_cross_entropy(x, targets, matrix, through_head=False, chunk=chunk),
+            hidden.clone().requires_grad_(),
+        )
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+def test_a_hopeless_target_has_a_finite_loss(matrix: bool) -> None:
+    weight = 300 * torch.eye(4)
+    hidden = torch.eye(4).requires_grad_()
+    targets = torch.tensor([0, 0, 2, 1])  # two of them with a probability of e^-300: nothing, in float32
+    head = FrozenMatrix(weight, None) if matrix else lambda rows: rows @ weight
+    total = summed_cross_entropy(hidden, targets, head, through_head=False, chunk=3)
+    total.backward()
+    assert total.item() == pytest.approx(600.0)
+    assert torch.isfinite(hidden.grad).all() and hidden.grad[1, 0] == -300
+
+
+def test_autocast_reaches_a_frozen_matrix() -> None:
+    weight, hidden = torch.randn(23, 6), torch.randn(7, 6)
+    targets = torch.arange(7)
+    found = []
+    for head in (FrozenMatrix(weight, None), lambda rows: rows @ weight.T):
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            total = summed_cross_entropy(leaf, targets, head, through_head=False, chunk=4)
+        total.backward()
+        assert total.dtype == leaf.grad.dtype == torch.float32
+        found.append((total.detach(), leaf.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)
+    exact = nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert found[0][0] != exact and found[0][0] == pytest.approx(exact.item(), rel=1e-2)
+
+
+def test_a_hook_on_the_head_is_heeded() -> None:
+    """Whatever changes the head's output from outside counts: it is not taken for its bare matrix then."""
+    model = build("llama")
+    freeze_all_but(model, ".0.")
+    batch = make_batch()
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    loss = SupervisedLoss.prepare(model)
+    theirs = model(**batch).loss
+    torch.testing.assert_close(loss(model, batch), theirs)
+    assert_same(gradients(model, loss(model, batch)), gradients(model, model(**batch).loss))
+
+
+def test_chunks_are_even() -> None:
+    model = build("llama")
+    freeze_all_but(model, ".0.")
+    loss = SupervisedLoss.prepare(model, chunk=5)
+    with Count() as count:
+        loss(model, make_batch()).backward()
+    # All chunks are about as long: a short one would read the whole head for a row or two.
+    assert count.rows[-4:] == [4, 4, 4, 4] and learnt(make_batch()) == 16

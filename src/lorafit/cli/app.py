@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafit.cli import chat, check, demo, eval, merge, methods, train  # noqa: A004 (a command is called eval)
+from lorafit.cli import chat, check, demo, eval, merge, methods, plan, train  # noqa: A004 (a command is called eval)
 from lorafit.cli.exits import USAGE
 from lorafit.cli.openended import OpenEnded, dashed
 from lorafit.cli.options import Debug
@@ -28,6 +28,7 @@ def command() -> Any:
     app.callback(invoke_without_command=True)(_root)
     app.command("demo", help=_unwrapped(demo.demo))(demo.demo)
     app.command("train", help=_unwrapped(train.train), cls=OpenEnded, epilog=train.EPILOG)(train.train)
+    app.command("plan", help=_unwrapped(plan.plan), cls=OpenEnded, epilog=plan.EPILOG)(plan.plan)
     app.command("eval", help=_unwrapped(eval.evaluate))(eval.evaluate)
     app.command("chat", help=_unwrapped(chat.chat))(chat.chat)
     app.command("merge", help=_unwrapped(merge.merge))(merge.merge)

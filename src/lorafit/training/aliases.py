@@ -35,6 +35,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "rank": "r",
         "sequence_len": "max_length",
         "target_modules": "targets",
+        "torch_compile": "compile",
         "use_rslora": "rslora",
     }
 )

@@ -16,6 +16,9 @@ from lorafit.errors import ConfigError
 from lorafit.training.classify import EncodedLabel
 from lorafit.training.sequences import IGNORED, Encoded
 
+TOKENS = "tokens"
+"""Key of a batch under which it says how many tokens its records have, where no attention mask tells; no model's."""
+
 
 def _padded(rows: Sequence[Sequence[int]], value: int, multiple: int | None) -> Tensor:
     """(batch, longest) int64, the rows on the left and `value` on their right."""

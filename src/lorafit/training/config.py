@@ -40,6 +40,8 @@ RESERVED: Mapping[str, str] = {
     "remove_unused_columns": "the data hold no column that is not used",
     "resume_from_checkpoint": "the same command resumes by itself",
     "save_only_model": "a run goes on from its checkpoints, and needs the optimizer's state for that",
+    "torch_compile_backend": "compile has torch's own",
+    "torch_compile_mode": "compile has torch's own",
     "train_sampling_strategy": "batches are made of records of similar length",
 }
 """Training arguments that are not the user's to set here, and why."""
@@ -76,6 +78,8 @@ class Settings(BaseModel):
         group: a column whose groups the split keeps whole.
         task: "causal-lm", "sequence-classification", or "auto": what the records are.
         max_length: tokens of the longest sequence; longer ones are cut, and counted.
+        packing: whether records of a batch share rows, with the same loss at each token; "auto" where that saves work
+            and the model is found to keep them apart.
         method: a name of `lorafit.METHODS`.
         method_options: the fields of the method: r, alpha, dropout, …
         targets, exclude, rank_pattern, alpha_pattern, modules_to_save: as for `lorafit.attach`.
@@ -84,6 +88,10 @@ class Settings(BaseModel):
         dtype: of the base model; "auto" is bfloat16 where the hardware has it, else float32. Adapters are float32.
         samples: so many held-out questions are answered before and after.
         max_new_tokens: length of those answers.
+        prefix_cache: whether layers below the lowest adapted one are computed in the first pass alone; "auto" where
+            there are several passes and it spares some work.
+        recompute: "cheap" computes norms and products of activations again in the backward pass, "blocks" whole layers.
+        compile: whether each decoder layer is compiled.
         training: arguments of `transformers.TrainingArguments`, by their own names.
     """
 
@@ -100,6 +108,7 @@ class Settings(BaseModel):
     group: str | None = None
     task: Task = "auto"
     max_length: int = Field(default=1024, ge=2)
+    packing: bool | Literal["auto"] = "auto"
     method: str = "lora"
     method_options: dict[str, Any] = Field(default_factory=dict)
     targets: str | list[str] = "all-linear"
@@ -112,6 +121,9 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     samples: int = Field(default=4, ge=0)
     max_new_tokens: int = Field(default=48, ge=1)
+    prefix_cache: bool | Literal["auto"] = "auto"
+    recompute: Literal["none", "cheap", "blocks"] = "none"
+    compile: bool = False
     training: dict[str, Any] = Field(default_factory=dict)
 
     @property

@@ -177,7 +177,7 @@ class Trial:
             model=self.task.model,
             args=arguments,
             train_dataset=records,
-            data_collator=self.task.collator,
+            data_collator=self.task.layout,
             processing_class=self.task.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)

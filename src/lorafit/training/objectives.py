@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorafit.training.batches import TOKENS
 from lorafit.training.loss import SupervisedLoss
 
 Batch = Mapping[str, Tensor]
@@ -49,6 +50,11 @@ class Objective(ABC):
     @abstractmethod
     def counted(self, batch: Batch) -> int:
         """How many predictions of the batch are trained on."""
+
+    @final
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens the batch's records have, padding left out, however they are laid out."""
+        return int(batch[TOKENS] if TOKENS in batch else batch["attention_mask"].sum())
 
 
 @final

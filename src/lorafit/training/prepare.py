@@ -28,8 +28,12 @@ from lorafit.training.data import (
 from lorafit.training.embedded_data import embedded_data_path
 from lorafit.training.examples import Labelled
 from lorafit.training.loss import SupervisedLoss
-from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer, locate
+from lorafit.training.models import Located, load_causal, load_classifier, load_tokenizer, locate
 from lorafit.training.objectives import Classes, NextToken, Objective
+from lorafit.training.packing import PackingCollator
+from lorafit.training.packing_trial import decide
+from lorafit.training.precision import choose_dtype, speed_of_bfloat16
+from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Sample
 
 Notify = Callable[[str], object]
@@ -55,7 +59,8 @@ class Task:
         data: training and held-out records, encoded.
         samples: held-out questions to answer before and after (none for a classifier).
         objective: what is minimised.
-        collator: makes batches.
+        collator: makes batches of a row for each record.
+        layout: makes the batches to train and to evaluate on, in which records may share rows.
         head: modules that the checkpoint did not hold and that are therefore trained in full.
         fingerprint: of the encoded data, so that a run does not go on with others.
     """
@@ -67,13 +72,14 @@ class Task:
     samples: list[Sample]
     objective: Objective
     collator: Collator | LabelCollator
+    layout: Collator | LabelCollator | PackingCollator
     head: list[str]
     fingerprint: str
 
 
 def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
     """The arguments of `transformers.Trainer`. Raises `ConfigError` where they do not go together."""
-    options = dict(settings.training)
+    options = checkpointing(settings.recompute, settings.training, compiles=settings.compile)
     for old, new in RENAMED.items():
         if old in options and new in TrainingArguments.__dataclass_fields__:
             options[new] = options.pop(old)
@@ -81,6 +87,7 @@ def training_arguments(settings: Settings, output_dir: Path) -> TrainingArgument
         options["learning_rate"] = 0.0  # decided when the model's width is known
     if settings.eval_data is None and settings.eval_split == 0:
         options["eval_strategy"] = "no"
+    accelerated = torch.accelerator.is_available()
     try:
         return TrainingArguments(
             output_dir=str(output_dir),
@@ -88,7 +95,8 @@ def training_arguments(settings: Settings, output_dir: Path) -> TrainingArgument
             data_seed=settings.seed,
             disable_tqdm=True,
             remove_unused_columns=False,
-            **{"dataloader_pin_memory": torch.accelerator.is_available(), **options},
+            # Said, not found out: else transformers refuses bfloat16 on a processor that has it.
+            **{"dataloader_pin_memory": accelerated, "use_cpu": not accelerated, **options},
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(
@@ -122,7 +130,7 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
 
     Raises:
         DataError: the data cannot be read, recognised or learned from.
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it cannot have records in rows as they are asked for.
     """
     located = locate(settings.model, notify)
     tokenizer = load_tokenizer(located)
@@ -130,16 +138,64 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     for sentence in data.announcements:
         notify(sentence)
     dtype = choose_dtype(settings.dtype, arguments.device)
+    if settings.dtype == "auto" and arguments.device.type == "cpu" and dtype == torch.bfloat16:
+        times = speed_of_bfloat16()
+        notify(f"bfloat16, in which this processor multiplies {times:.0f} times as fast; --dtype float32 is exact")
     pad = tokenizer.pad_token_id
     fingerprint = _fingerprint(data)
     if isinstance(data, Data):
         model = load_causal(located, dtype)
-        loss = NextToken(SupervisedLoss.prepare(model))
-        return Task(model, tokenizer, located, data, data.samples, loss, Collator(pad), [], fingerprint)
+        loss = SupervisedLoss.prepare(model)
+        plain = Collator(pad)
+        layout = _layout(settings, arguments, model, loss, data, plain, notify)
+        return Task(model, tokenizer, located, data, data.samples, NextToken(loss), plain, layout, [], fingerprint)
+    if settings.packing is True:
+        raise ConfigError(
+            "a classifier cannot have several records in a row",
+            where="packing",
+            found="records with labels",
+            expected="a language model: a classifier reads its answer off a row's end",
+            fix="leave packing out",
+        )
     model, head = load_classifier(located, dtype, data.labels, pad, seed=settings.seed)
     if head:
         notify(f"new in this model, and trained in full: {', '.join(head)}")
-    return Task(model, tokenizer, located, data, [], Classes(), LabelCollator(pad), head, fingerprint)
+    labelled = LabelCollator(pad)
+    return Task(model, tokenizer, located, data, [], Classes(), labelled, labelled, head, fingerprint)
+
+
+def _layout(
+    settings: Settings,
+    arguments: TrainingArguments,
+    model: Any,
+    loss: SupervisedLoss,
+    data: Data,
+    plain: Collator,
+    notify: Notify,
+) -> Collator | PackingCollator:
+    wanted = settings.packing
+    if wanted is not False and arguments.include_num_input_tokens_seen == "non_padding":
+        if wanted is True:
+            raise ConfigError(
+                "transformers cannot count the tokens of packed rows",
+                where="packing",
+                found="include_num_input_tokens_seen=non_padding",
+                expected="one of the two",
+                fix="leave include_num_input_tokens_seen out: the records count tokens anyway",
+            )
+        wanted = False
+    decision = decide(
+        wanted,
+        model,
+        loss,
+        data.train,
+        plain,
+        batch_size=arguments.train_batch_size,
+        seed=settings.seed,
+    )
+    if decision.told:
+        notify(decision.told)
+    return decision.collator
 
 
 def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> Data | LabelledData:

@@ -29,6 +29,8 @@ from lorafit.training.data import LabelledData
 from lorafit.training.dropping import Trial, settle
 from lorafit.training.folder import LABELS, RunFolder, open_folder
 from lorafit.training.models import default_rate
+from lorafit.training.prefix import Computed, Prefix
+from lorafit.training.prefix_run import shorten
 from lorafit.training.prepare import Task, prepare, training_arguments
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
 from lorafit.training.trainer import AdapterTrainer
@@ -128,6 +130,7 @@ class _Run:
         self.recorder = Recorder(self.folder.records)
         self.checkpoint: Path | None = None
         self.copies_rate: float | None = None
+        self.prefix: Prefix = Computed()
 
     def execute(self) -> Outcome:
         done = self.folder.result()
@@ -143,6 +146,8 @@ class _Run:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.recorder.write("end", status=status, message=f"{type(error).__name__}: {error}")
             raise
+        finally:
+            self.prefix.close()
 
     def _step(self) -> int:
         return 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
@@ -174,6 +179,8 @@ class _Run:
         handle = self._attach(task, settle(method, trial, self.folder, self.recorder))
         trainer = self._trainer(task, handle, arguments)
         self._announce(task, handle, trainer)
+        held = _limited(task.data.eval, self.settings.eval_limit)
+        self.prefix = shorten(trainer, task, self.settings, held, self.folder.path, self.notify)
         before = self._first_evaluation(trainer)
         self._estimate(task, trainer)
         first = self._first_answers(task, handle)
@@ -231,7 +238,7 @@ class _Run:
             args=arguments,
             train_dataset=_Records(task.data.train),
             eval_dataset=_Records(held) if held else None,
-            data_collator=task.collator,
+            data_collator=task.layout,
             processing_class=task.tokenizer,
             copies_rate=self.copies_rate,
         )
@@ -317,6 +324,7 @@ class _Run:
         if trainer.eval_dataset is not None:
             evaluated = trainer.last_evaluated == trainer.state.global_step
             after = trainer.last_loss if evaluated else trainer.evaluate()["eval_loss"]
+        self.prefix.remove()
         last = answers(task.model, task.tokenizer, task.samples, self.settings.max_new_tokens)
         self._record_answers(task, last, "after")
         handle.save(self.folder.adapter, base_model=task.located.name, task_type=task.objective.task_type)

@@ -24,6 +24,9 @@ from lorafit.state import load_state, save_state
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.folder import COMPLETE, without
 from lorafit.training.objectives import Objective
+from lorafit.training.prefix import Computed, Prefix
+from lorafit.training.recompute import FrozenInputs
+from lorafit.training.recompute_cheap import Keeping, KeepsAll
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -75,13 +78,18 @@ def records_per_step(arguments: TrainingArguments) -> int:
     return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
 
 
+def steps_per_epoch(arguments: TrainingArguments, records: int) -> int:
+    """Optimizer steps of one pass over so many records."""
+    batches = math.ceil(records / (arguments.train_batch_size * arguments.world_size))
+    steps: int = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return steps
+
+
 def planned_steps(arguments: TrainingArguments, records: int) -> int:
     """Optimizer steps of a whole run on so many records."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = math.ceil(records / (arguments.train_batch_size * arguments.world_size))
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    steps: int = math.ceil(per_epoch * arguments.num_train_epochs)
+    steps: int = math.ceil(steps_per_epoch(arguments, records) * arguments.num_train_epochs)
     return steps
 
 
@@ -165,11 +173,14 @@ class AdapterTrainer(Trainer):
         self.last_rate = math.nan
         self.last_loss = math.nan
         self.restored: int | None = None
+        self.prefix: Prefix = Computed()
+        self.keeping: Keeping = KeepsAll()
         self._lengths = lengths
         self._base_model = base_model
         # Makes Trainer count the supervised tokens of all accumulated batches, by which the loss is then divided.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = objective.task_type == "CAUSAL_LM"
+        self.add_callback(FrozenInputs())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -195,8 +206,9 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        self.meter.count(int(inputs["attention_mask"].sum()), self.objective.counted(inputs))
-        loss = self.objective.loss(model, inputs, num_items_in_batch)
+        self.meter.count(self.objective.tokens(inputs), self.objective.counted(inputs))
+        with self.prefix.over(inputs), self.keeping.over():
+            loss = self.objective.loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss.detach()):
             raise TrainingError(
                 "the loss is not finite",
@@ -224,9 +236,10 @@ class AdapterTrainer(Trainer):
             # A loader draws from torch's generator: evaluating must not change what training draws next.
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 for batch in loader:
-                    tokens += int(batch["attention_mask"].sum())
-                    with self.accelerator.autocast():
-                        tally = self.objective.tally(model, self._prepare_inputs(batch))
+                    tokens += self.objective.tokens(batch)
+                    batch = self._prepare_inputs(batch)
+                    with self.accelerator.autocast(), self.prefix.over(batch):
+                        tally = self.objective.tally(model, batch)
                     sums += tally.stacked().to(sums.device)
         finally:
             model.train(was_training)
@@ -256,7 +269,7 @@ class AdapterTrainer(Trainer):
         started = time.perf_counter()
         with torch.no_grad(), self.accelerator.autocast():
             self.objective.tally(self.model, batch)
-        return int(batch["attention_mask"].sum()) / (time.perf_counter() - started)
+        return self.objective.tokens(batch) / (time.perf_counter() - started)
 
     def records_per_step(self) -> int:
         """Records that go into one optimizer step, over all processes."""
@@ -278,6 +291,7 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
+            self.prefix.commit()
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 save_state(self.handle, folder)

@@ -1,0 +1,301 @@
+"""A run's model without its weights: shapes from the config, adapters attached, ready to be priced batch by batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from lorafit.errors import ConfigError, LorafitError, TrainingError
+from lorafit.handle import Handle
+from lorafit.inject import attach
+from lorafit.methods import INNER, build
+from lorafit.training.batches import Collator, LabelCollator
+from lorafit.training.config import Settings
+from lorafit.training.data import Data, LabelledData
+from lorafit.training.loss import FullLogits, HeadRows, KeptColumns, SupervisedLoss
+from lorafit.training.models import Located
+from lorafit.training.objectives import Classes, NextToken, Objective
+from lorafit.training.packing import PackingCollator
+from lorafit.training.packing_trial import decide
+from lorafit.training.planning_machine import Rates
+from lorafit.training.planning_shades import Ledger, held_bytes, shades
+
+CHUNK = {"cpu": 128}
+"""Rows of logits at a time, by device type, as `SupervisedLoss.prepare` has them; 1,024 elsewhere."""
+
+
+@final
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a run holds all the time.
+
+    Attributes:
+        base: weights of the model.
+        adapter: what is trained, and what comes with it.
+        gradients: of what is trained.
+        optimizer: its state.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.adapter + self.gradients + self.optimizer
+
+
+@final
+@dataclass(frozen=True)
+class Price:
+    """What a batch takes.
+
+    Attributes:
+        tokens: places of the batch, padding included.
+        peak: bytes beyond `Sizes`, at the moment at which there are the most.
+        work: its operations.
+    """
+
+    tokens: int
+    peak: int
+    work: Mapping[Any, int]
+
+    def seconds(self, machine: Rates) -> float:
+        """On a machine of these rates."""
+        return machine.seconds(self.work)
+
+
+@final
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights, and how it is trained.
+
+    Attributes:
+        model: of shades.
+        handle: the adapter on it.
+        objective: what is minimised.
+        layout: makes batches.
+        told: how batches are laid out, in a sentence.
+        sizes: what is held all the time.
+        arguments: of the trainer.
+    """
+
+    model: Any
+    handle: Handle
+    objective: Objective
+    layout: Collator | LabelCollator | PackingCollator
+    told: str
+    sizes: Sizes
+    arguments: TrainingArguments
+
+    def places(self, records: Sequence[Any]) -> int:
+        """How many tokens a batch of these records has, padding included."""
+        return self.layout(records)["input_ids"].numel()
+
+    def step(self, records: Sequence[Any]) -> Price:
+        """A forward and a backward pass over a batch."""
+
+        def run(batch: Mapping[str, Tensor]) -> None:
+            self.model.train()
+            loss = self.objective.loss(self.model, batch, None)
+            loss.backward()  # type: ignore[no-untyped-call]
+
+        try:
+            price = self._priced(records, run)
+        finally:
+            for parameter in self.handle.parameters():
+                parameter.grad = None
+        # Gradients are held all the time and counted there.
+        return Price(price.tokens, max(0, price.peak - self.sizes.gradients), price.work)
+
+    def look(self, records: Sequence[Any]) -> Price:
+        """A forward pass as in evaluation."""
+
+        def run(batch: Mapping[str, Tensor]) -> None:
+            self.model.eval()
+            with torch.no_grad():
+                self.objective.loss(self.model, batch, None)
+
+        return self._priced(records, run)
+
+    def _priced(self, records: Sequence[Any], run: Any) -> Price:
+        batch = self.layout(records)
+        ledger = Ledger()
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            ledger.known(tensor)
+        with _traceable("one step"), ledger, _autocast(self.arguments):
+            run(batch)
+        return Price(batch["input_ids"].numel(), ledger.peak, dict(ledger.work))
+
+
+class NotTraceableError(TrainingError):
+    """A model or a method looks at values that are not there."""
+
+
+@contextmanager
+def _traceable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except LorafitError:
+        raise
+    except (ArithmeticError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        raise NotTraceableError(
+            f"{what} of this model cannot be priced without its weights: {(str(e).splitlines() or [''])[0]}",
+            found=type(e).__name__,
+            expected="a model whose operations do not depend on values",
+            fix="lorafit train --max-steps 3 says what that takes",
+        ) from e
+
+
+def _autocast(arguments: TrainingArguments) -> torch.autocast:
+    dtype = torch.float16 if arguments.fp16 else torch.bfloat16
+    return torch.autocast("cpu", dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
+
+
+def skeleton(
+    settings: Settings,
+    arguments: TrainingArguments,
+    located: Located,
+    data: Data | LabelledData,
+    pad: int,
+    dtype: torch.dtype,
+) -> Skeleton:
+    """The model of these settings, without weights. Nothing of the size of the model is read or made.
+
+    Raises:
+        LorafitError: the settings do not fit the model, as in a run.
+        NotTraceableError: it needs values.
+    """
+    model, head = _model(located, data, pad, dtype)
+    with _traceable("the adapter"), Ledger():
+        handle = attach(
+            model,
+            build(settings.method, _plain(settings.method_options)),
+            settings.targets,
+            exclude=settings.exclude,
+            rank_pattern=settings.rank_pattern,
+            alpha_pattern=settings.alpha_pattern,
+            modules_to_save=[*settings.modules_to_save, *(one for one in head if one not in settings.modules_to_save)],
+            seed=settings.seed,
+        )
+    if arguments.activation_checkpointing:
+        model.activation_checkpointing_enable(dict(arguments.activation_checkpointing_kwargs or {}))
+        model.disable_input_require_grads()
+    objective, layout, told = _trained(settings, arguments, model, data, pad)
+    return Skeleton(model, handle, objective, layout, told, _sizes(model, handle, arguments), arguments)
+
+
+def _model(located: Located, data: Data | LabelledData, pad: int, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(located.path)
+        with torch.device("meta"):
+            if isinstance(data, Data):
+                model, head = AutoModelForCausalLM.from_config(config, dtype=dtype), list[str]()
+            else:
+                known = any("SequenceClassification" in name for name in config.architectures or ())
+                config.num_labels, config.pad_token_id = len(data.labels), pad
+                model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+                head = [] if known else _head(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model's config cannot be read: {str(error).strip().splitlines()[0]}",
+            where=f"model: {located.path}",
+            expected="a model directory, or a hub name that can be reached",
+            fix="mend the name, or leave model out for the embedded default",
+        ) from error
+    shades(model)
+    return model, head
+
+
+def _head(model: Any) -> list[str]:
+    """The modules that a checkpoint of the bare model does not hold: those beside it that have parameters."""
+    inside = f"{model.base_model_prefix}."
+    keys = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+    return sorted({name.rpartition(".")[0] for name in keys})
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options without an initialiser: it changes values, and no shape."""
+    kept = {name: value for name, value in options.items() if name != "init"}
+    if isinstance(kept.get(INNER), Mapping):
+        kept[INNER] = _plain(kept[INNER])
+    return kept
+
+
+def _trained(
+    settings: Settings, arguments: TrainingArguments, model: Any, data: Data | LabelledData, pad: int
+) -> tuple[Objective, Collator | LabelCollator | PackingCollator, str]:
+    if isinstance(data, LabelledData):
+        return Classes(), LabelCollator(pad), ""
+    loss, plain = _loss(model, arguments.device), Collator(pad)
+    # Nobody can try whether this model keeps records apart in a row. Most do: all losses count as equal here.
+    agreeing: Any = lambda model, batch: 0.0  # noqa: E731
+    decision = decide(
+        settings.packing,
+        model,
+        loss if isinstance(loss, FullLogits) else agreeing,
+        data.train,
+        plain,
+        batch_size=arguments.train_batch_size,
+        seed=settings.seed,
+    )
+    return NextToken(loss), decision.collator, decision.told
+
+
+def _loss(model: Any, device: torch.device) -> SupervisedLoss:
+    """How the loss will be computed, told from where the logits come from."""
+    known = inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if "use_cache" in known else {}
+    chunk = CHUNK.get(device.type, 1024)
+    head = model.get_output_embeddings()
+    if model.config.to_dict().get("output_router_logits"):
+        return FullLogits(options, chunk)
+    if head is not None and _ends_in(model, head):
+        return HeadRows(head, options, chunk)
+    return KeptColumns(options, chunk) if "logits_to_keep" in known else FullLogits(options, chunk)
+
+
+def _ends_in(model: Any, head: nn.Module) -> bool:
+    """Whether the logits are what the output head gives, untouched."""
+    given: list[Any] = []
+    hook = head.register_forward_hook(lambda module, args, output: given.append(output))
+    try:
+        with _traceable("a forward pass"), Ledger(), torch.no_grad():
+            logits = model(input_ids=torch.tensor([[0, 1]])).logits
+    finally:
+        hook.remove()
+    return len(given) == 1 and (logits is given[0] or logits.dtype != given[0].dtype)
+
+
+def _sizes(model: Any, handle: Handle, arguments: TrainingArguments) -> Sizes:
+    trained = handle.parameters()
+    own = {id(one) for entry in handle.entries().values() for one in (*entry.parameters(), *entry.buffers())}
+    everything = [*model.parameters(), *model.buffers()]
+    adapter = held_bytes(one for one in everything if id(one) in own)
+    gradients = sum(one.numel() * one.element_size() for one in trained)
+    return Sizes(held_bytes(everything) - adapter, adapter, gradients, int(gradients * _state_ratio(arguments)))
+
+
+def _state_ratio(arguments: TrainingArguments) -> float:
+    """Bytes that the optimizer keeps for each byte of a parameter, from one step of it on a small matrix."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    try:
+        optimizer = kind([parameter], **{**options, "lr": 1e-3})
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return 2.0  # one that wants more than parameters: as Adam
+    kept = [one for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor)]
+    return sum(one.numel() * one.element_size() for one in kept) / (parameter.numel() * parameter.element_size())
