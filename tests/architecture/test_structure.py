@@ -22,7 +22,12 @@ TIERS = (
     ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite"),
     ("kernels.scratch", "kernels.precision", "kernels.frozen", "kernels.geometry", "targets", "rownorm"),
     ("kernels.masks", "kernels.products", "kernels.pointwise"),
-    ("kernels.linear", "kernels.convolution", "kernels.lookup", "kernels.dense",),
+    (
+        "kernels.linear",
+        "kernels.convolution",
+        "kernels.lookup",
+        "kernels.dense",
+    ),
     ("kernels",),
     ("layers.site",),
     ("quant.rows", "quant.linear", "quant.reading"),
