@@ -118,8 +118,7 @@ def load(described: Description, dtype: str | None) -> Loaded:
         LorafitError: the model or the adapter cannot be loaded, or they do not fit each other.
     """
     from lorafit.checkpoint import load as load_adapter
-    from lorafit.training.models import Located, load_causal, load_classifier, load_tokenizer
-    from lorafit.training.precision import choose_dtype
+    from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer
 
     located, device = described.located, computing_device()
     tokenizer = load_tokenizer(Located(described.tokenizer_path, located.name))

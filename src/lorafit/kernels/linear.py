@@ -22,7 +22,7 @@ from lorafit.kernels.frozen import Frozen
 from lorafit.kernels.masks import add_masked_product_, keep_mask, masked_outer, masked_product
 from lorafit.kernels.precision import as_forward, own_precision, wanted
 from lorafit.kernels.products import shared_product
-from lorafit.kernels.scratch import pieces, recorded, scratch
+from lorafit.kernels.scratch import pieces, recorded, scratch, turned
 
 KEEP = 1 / 16
 """A merged weight is kept for the backward pass where forming it costs more than this part of the layer itself."""
@@ -153,12 +153,12 @@ class _LowRank(torch.autograd.Function):
         a, b = down.to(dy.dtype), up.to(dy.dtype)
         dgain = _gain_gradient(dy, whole, bias, gain.dtype) if need_gain else None
         b = b if gain is None else _rows_times(b, gain)
-        dh = (dy @ b).mul_(ctx.scale) if need_down or need_x else dy
+        dh = (dy @ turned(b).t()).mul_(ctx.scale) if need_down or need_x else dy
         dup = _up_gradient(dy, h, ctx.scale, gain, up) if need_up else None
         ddown = dx = None
         if need_down:
             rows = _rows(x, dy.dtype)
-            ddown = (dh.t() @ rows if mask is None else masked_outer(dh, rows, mask)).to(down.dtype)
+            ddown = (turned(dh) @ rows if mask is None else masked_outer(dh, rows, mask)).to(down.dtype)
         if need_x:
             dx = _through(dy, ctx.frozen.form(tensors, dy.dtype), gain)
             if mask is None:
@@ -218,11 +218,11 @@ class _Merged(torch.autograd.Function):
         dgain = _gain_gradient(dy, whole, bias, gain.dtype) if need_gain else None
         dup = ddown = dx = None
         if need_up:
-            dup = _up_gradient(dy, _rows(x, dy.dtype) @ a.t() if h is None else h, ctx.scale, gain, up)
+            dup = _up_gradient(dy, _rows(x, dy.dtype) @ turned(a) if h is None else h, ctx.scale, gain, up)
         if need_down:
             rows = _rows(x, dy.dtype)
-            dh = (dy @ (b if gain is None else _rows_times(b, gain))).mul_(ctx.scale)
-            ddown = (dh.t() @ rows).to(down.dtype)
+            dh = (dy @ turned(b if gain is None else _rows_times(b, gain)).t()).mul_(ctx.scale)
+            ddown = (turned(dh) @ rows).to(down.dtype)
         if need_x:
             if merged is None:
                 merged = _merged(ctx.frozen.form(tensors, dy.dtype), down, up, ctx.scale, kept=False)
@@ -265,10 +265,10 @@ def _low_rank(
     if mask is not None:
         h = masked_product(rows, mask, a)
     else:  # that of a frozen A may be the one of the layer before
-        h = rows @ a.t() if need_down else shared_product(x, rows, down, user)
+        h = rows @ turned(a) if need_down else shared_product(x, rows, down, user)
     # Not in place where operations are recorded: selective checkpointing keeps the layer's own output.
     into = None if recorded() else y
-    return torch.addmm(y, h, up.to(dtype).t(), alpha=scale / (1 - dropout), out=into), h, mask
+    return torch.addmm(y, h, turned(up.to(dtype)), alpha=scale / (1 - dropout), out=into), h, mask
 
 
 def _merged(weight: Tensor, down: Tensor, up: Tensor, scale: float, *, kept: bool) -> Tensor:
@@ -314,7 +314,7 @@ def _gain_gradient(dy: Tensor, whole: Tensor, bias: Tensor | None, kind: torch.d
 
 def _up_gradient(dy: Tensor, h: Tensor, scale: float, gain: Tensor | None, up: Tensor) -> Tensor:
     """The gradient of B, s (dy ∘ g)ᵀ H."""
-    z = (h.t() @ dy).t().to(up.dtype).contiguous()  # the faster way round on a CPU
+    z = (turned(h) @ dy).t().to(up.dtype).contiguous()  # the faster way round on a CPU
     z = z.view(-1).view(up.shape)  # a single column would keep the strides of a row, which DDP warns of
     return z.mul_(scale) if gain is None else z.mul_((scale * gain).to(up.dtype)[:, None])
 

@@ -35,12 +35,11 @@ import torch
 
 from lorafit.training.config import Settings
 from lorafit.training.data import Data, LabelledData, load_examples
-from lorafit.training.models import Located, load_tokenizer, locate
+from lorafit.training.models import Located, choose_dtype, load_tokenizer, locate
 from lorafit.training.planning_child import ENDED, TOKENS, Measured, measure
 from lorafit.training.planning_machine import CONTEXT, Limit, Rates, limit_of, rates, resident
 from lorafit.training.planning_model import Price, Sizes, Skeleton, skeleton
 from lorafit.training.planning_run import MOST, Course, batches, course, limited
-from lorafit.training.precision import choose_dtype
 from lorafit.training.prepare import data_settings, encode, training_arguments
 
 Notify = Callable[[str], object]

@@ -28,11 +28,10 @@ from lorafit.training.data import (
 from lorafit.training.embedded_data import embedded_data_path
 from lorafit.training.examples import Labelled
 from lorafit.training.loss import SupervisedLoss
-from lorafit.training.models import Located, load_causal, load_classifier, load_tokenizer, locate
+from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer, locate
 from lorafit.training.objectives import Classes, NextToken, Objective
 from lorafit.training.packing import PackingCollator
 from lorafit.training.packing_trial import decide
-from lorafit.training.precision import choose_dtype, speed_of_bfloat16
 from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Sample
 
@@ -138,9 +137,6 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     for sentence in data.announcements:
         notify(sentence)
     dtype = choose_dtype(settings.dtype, arguments.device)
-    if settings.dtype == "auto" and arguments.device.type == "cpu" and dtype == torch.bfloat16:
-        times = speed_of_bfloat16()
-        notify(f"bfloat16, in which this processor multiplies {times:.0f} times as fast; --dtype float32 is exact")
     pad = tokenizer.pad_token_id
     fingerprint = _fingerprint(data)
     if isinstance(data, Data):
