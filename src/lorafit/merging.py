@@ -35,8 +35,8 @@ class Folded:
         if self.untied:
             setattr(self.module, self.attribute, self.tensor)
         else:
-            with torch.no_grad():
-                self.tensor.copy_(self.original)
+            with torch.no_grad():  # into what stands there now: `.to(...)` puts another tensor in a buffer's place
+                getattr(self.module, self.attribute).copy_(self.original)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ def refold(merged: Sequence[tuple[Folded, Tensor]]) -> list[Folded]:
             if row.untied:
                 setattr(row.module, row.attribute, nn.Parameter(value, requires_grad=row.tensor.requires_grad))
             else:
-                row.tensor.copy_(value)
+                getattr(row.module, row.attribute).copy_(value)
     return [row for row, _ in merged]
 
 

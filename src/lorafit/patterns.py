@@ -57,7 +57,7 @@ class Patterns(Generic[Value]):
         for number, (key, _) in enumerate(self._rows):
             plain = _plain(key)
             if plain is None:
-                self._regular.append((number, _expression(key)))
+                self._regular.append((number, expression(key)))
             else:
                 whole, text, anything = plain
                 shape = (whole, len(text), anything)
@@ -75,18 +75,19 @@ class Patterns(Generic[Value]):
 
     def _fitting(self, path: str) -> Iterator[int]:
         if "\n" in path:  # which a dot of an expression does not stand for
-            yield from (number for number, (key, _) in enumerate(self._rows) if _expression(key).fullmatch(path))
+            yield from (number for number, (key, _) in enumerate(self._rows) if expression(key).fullmatch(path))
             return
         for (whole, length, anything), keys in self._plain.items():
             start = len(path) - length
             if start == 0 or (start > 0 and not whole and path[start - 1] == "."):
                 yield from keys.get(_blanked(path[start:], anything), ())
-        for number, expression in self._regular:
-            if expression.fullmatch(path):
+        for number, compiled in self._regular:
+            if compiled.fullmatch(path):
                 yield number
 
 
-def _expression(key: str) -> re.Pattern[str]:
+def expression(key: str) -> re.Pattern[str]:
+    """What a key fits: a path's end, from a dot on, or the whole path. Raises re.error for what is no expression."""
     return re.compile(rf"(.*\.)?({key})")
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from lorafit.errors import TargetError, nearest, some
-from lorafit.patterns import Patterns, tails
+from lorafit.patterns import Patterns, expression, tails
 
 ALL_LINEAR = "all-linear"
 Targets = str | Sequence[str]
@@ -107,7 +107,7 @@ def check_keys(pattern: Mapping[str, object], paths: Sequence[str], what: str) -
     """Raises `TargetError` for keys of a rank or alpha pattern that match no site, or do not compile."""
     for key in pattern:
         try:
-            re.compile(f"({key})")
+            expression(key)
         except re.error as error:
             raise TargetError(
                 f"a key of {what} is not a regular expression: {error}",

@@ -38,7 +38,7 @@ class Counter:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_whole_graph_with_the_same_numbers(some_layer, backend, dropout, fill, monkeypatch):
     # A compiled graph draws its masks in one way, eager programs on a CPU in a faster one: here both in the first.
-    monkeypatch.setattr("lorafit.kernels.masks.reusable", lambda _: False)
+    monkeypatch.setattr("lorafit.kernels.masks.by_bytes", lambda _: False)
     model = some_layer.model()
     handle = lf.attach(model, lf.LoRA(r=some_layer.rank(2), dropout=dropout), ["layer"])
     fill(handle)

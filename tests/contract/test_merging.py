@@ -313,3 +313,25 @@ def test_merged_is_unmerged_for_any_convolution(case, seed):
     a, b = handle.adapter("0").A.detach(), handle.adapter("0").B.detach()
     assert torch.equal(site.down_from_file(site.down_to_file(a), r), a)
     assert torch.equal(site.up_from_file(site.up_to_file(b), r), b)
+
+
+def test_unmerging_after_the_model_was_moved_or_converted():
+    # `.to` gives parameters other memory and puts other tensors in the places of buffers.
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    handle = lf.attach(model, lf.LoRA(r=2), targets=["0"], modules_to_save=["1"])
+    with torch.no_grad():
+        handle.copies["1"].running_mean += 5
+        handle.adapter("0").B.normal_()
+    x = torch.randn(2, 8)
+    with handle.disabled():
+        base = model(x)
+    own = model(x)
+    handle.merge()
+    model.double()
+    with handle.disabled():
+        torch.testing.assert_close(model(x.double()).float(), base, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x.double()).float(), own, rtol=1e-5, atol=1e-5)
+    handle.unmerge()
+    torch.testing.assert_close(model(x.double()).float(), own, rtol=1e-5, atol=1e-5)
+    with handle.disabled():
+        torch.testing.assert_close(model(x.double()).float(), base, rtol=1e-5, atol=1e-5)

@@ -221,6 +221,27 @@ def test_half_precision_packs_unless_a_window_could_go_unseen() -> None:
     assert isinstance(decided(window, records).collator.isolation, Restarted)
 
 
+def test_a_window_that_one_record_alone_exceeds_is_kept() -> None:
+    # The trial silences a record of the fullest row, which may be the only one that is longer than the window.
+    generator = random.Random(0)
+
+    def made(length: int) -> Encoded:
+        ids = [generator.randrange(3, 60) for _ in range(length)]
+        return Encoded(ids, [*[IGNORED] * (length - 4), *ids[-4:]], "x")
+
+    model = build(CONFIGS["mistral-window"]())
+    window = model.config.sliding_window
+    records = [made(4 * window), *(made(generator.randrange(max(5, window // 2), window)) for _ in range(40))]
+    loss, plain = SupervisedLoss.prepare(model), Collator(0)
+    for batch_size in (2, 4):
+        collator = decided(model, records, "auto", batch_size=batch_size).collator
+        assert not (isinstance(collator, PackingCollator) and isinstance(collator.isolation, Masked))
+        for start in range(0, 8, batch_size):
+            batch = records[start : start + batch_size]
+            with torch.no_grad():
+                torch.testing.assert_close(loss(model, collator(batch)), loss(model, plain(batch)))
+
+
 def test_what_is_decided_is_told() -> None:
     model = build(CONFIGS["llama"]())
     packed = decided(model, make_records(32, beginning=12), "auto")

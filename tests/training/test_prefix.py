@@ -510,3 +510,18 @@ def test_reentrant_checkpoints_are_refused(run: Run, name: str) -> None:
     with pytest.raises(ConfigError, match="reentrant"):
         run(**{switch: True, name: '{"use_reentrant": true}'})
     assert run(**{switch: True, name: {"preserve_rng_state": False}}, max_steps=1).status == "done"
+
+
+def test_an_index_never_speaks_of_states_that_were_written_over(tmp_path: Path) -> None:
+    first = store(tmp_path / "p", "one")
+    first.write("a", torch.ones(2, 4))
+    first.write("b", 2 * torch.ones(2, 4))
+    first.commit()
+    first.close()
+    other = store(tmp_path / "p", "two")  # another base model
+    other.write("b", 20 * torch.ones(2, 4))
+    other.write("a", 10 * torch.ones(2, 4))
+    other.close()  # killed before it was committed
+    again = store(tmp_path / "p", "one")
+    assert len(again) == 0
+    again.close()

@@ -30,3 +30,8 @@ def test_large_numbers_whose_sum_overflows_are_finite():
 
 def test_whole_numbers_are_finite():
     assert all_finite(torch.arange(3)) and all_finite(torch.tensor([True]))
+
+
+def test_numbers_of_eight_bits():
+    assert all_finite(torch.ones(3).to(torch.float8_e4m3fn))
+    assert not all_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))

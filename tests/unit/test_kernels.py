@@ -342,6 +342,82 @@ def test_one_product_for_layers_that_read_the_same_input():
         assert product(7, x=other) is not product(8, x=other)
 
 
+@pytest.mark.parametrize("method", [lf.LoRA(r=16), lf.LoRAFA(r=16), lf.VeRA(r=16)], ids=["lora", "lora-fa", "vera"])
+@pytest.mark.parametrize("graph", [True, False], ids=["gradients", "none"])
+def test_an_adapter_that_comes_to_lie_where_another_one_was_is_not_taken_for_it(method, graph):
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"q": nn.Linear(64, 64), "k": nn.Linear(64, 64)}), torch.randn(40, 64)
+    for turn in range(10):
+        name = "qk"[turn % 2]
+        handle = lf.attach(model, method, [name], seed=turn)
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter.fill_(0.5)
+        with torch.set_grad_enabled(graph):
+            y = model[name](x)
+        expected = F.linear(x, model[name].weight + handle.delta(name), model[name].bias)
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+        del expected
+        handle.detach()
+        del handle
+
+
+def test_inference_before_training_on_the_same_input():
+    model, x = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8)}), torch.randn(5, 8)
+    handle = lf.attach(model, lf.VeRA(r=4), ["q", "k"])
+    with torch.inference_mode():
+        model["q"](x)
+    model["k"](x).sum().backward()
+    assert handle.adapter("k").b.grad is not None
+
+
+def test_with_and_without_gradients_the_result_is_the_same_to_the_bit():
+    for tokens in (1, 2, 3, 7, 40):
+        for inn, out, r in ((31, 32, 2), (31, 32, 4), (64, 48, 4), (576, 192, 16)):
+            model = nn.Sequential(nn.Linear(inn, out))
+            handle = lf.attach(model, lf.LoRA(r=r), ["0"])
+            nn.init.normal_(handle.adapter("0").B)
+            x = torch.randn(tokens, inn)
+            with torch.no_grad():
+                expected = model(x)
+            assert torch.equal(model(x), expected), (tokens, inn, out, r)
+
+
+def test_a_mask_is_drawn_in_one_way_whether_or_not_operations_are_seen():
+    # Checkpoints draw again in the backward pass, where a mode around the forward pass is gone.
+    x = torch.empty(20, 30)
+    torch.manual_seed(1)
+    expected = keep_mask(x, 0.3)
+    torch.manual_seed(1)
+    with FlopCounterMode(display=False):
+        assert torch.equal(keep_mask(x, 0.3), expected)
+
+
+def test_replicas_whose_weights_are_no_parameters():
+    # As torch.nn.parallel.replicate makes them.
+    model = nn.Sequential(nn.Linear(6, 8))
+    lf.attach(model, lf.LoRA(r=2), ["0"])
+
+    def replica(module: nn.Module) -> nn.Module:
+        made = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            setattr(made, name, replica(child))
+        for name, value in module._parameters.items():
+            setattr(made, name, value * 1 if value.requires_grad else value.detach().clone())
+        return made
+
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(replica(model)(x), model(x))
+
+
+def test_what_follows_a_dense_change_may_change_the_output_in_place():
+    model = nn.Sequential(nn.Linear(8, 8)).double()
+    lf.attach(model, lf.IntrinsicDimension(d=20), ["0"])
+    y = model(torch.randn(2, 3, 8, dtype=torch.float64)).relu_()
+    y.sum().backward()
+    assert y.shape == (2, 3, 8)
+
+
 def test_a_product_is_let_go_of_with_its_input():
     x, down = torch.randn(5, 6), torch.randn(3, 6)
     products.shared_product(x, x, down, down)
@@ -362,6 +438,21 @@ def test_two_threads_do_not_share_scratch():
     assert there != [here.data_ptr()]
     with FlopCounterMode(display=False):  # a mode may keep what it sees
         assert scratch("test", (4,), torch.float32, torch.device("cpu")).data_ptr() != here.data_ptr()
+
+
+def test_scratch_is_memory_whatever_the_default_device_is():
+    found: list[bool] = []
+
+    def inside() -> None:  # a thread of its own has no buffers yet
+        x = torch.ones(3, 4)
+        with torch.device("meta"):
+            found.append(scratch("test", (4,), torch.float32, torch.device("cpu")).is_meta)
+            found.append(keep_mask(x, 0.5).is_meta)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [False, False]
 
 
 def saved_shapes(function: Callable[[], Tensor]) -> list[tuple[tuple[int, ...], torch.dtype, int]]:

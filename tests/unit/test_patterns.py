@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lorafit as lf
 from lorafit.patterns import Patterns, heads, inside, tails
+from lorafit.targets import check_keys
 
 
 def test_a_path_from_both_ends():
@@ -67,7 +69,15 @@ def test_a_key_for_each_layer_is_looked_up_and_not_tried(escape, monkeypatch):
     def refused(*_: object) -> None:
         raise AssertionError("an expression was tried")
 
-    monkeypatch.setattr("lorafit.patterns._expression", refused)
+    monkeypatch.setattr("lorafit.patterns.expression", refused)
     layers = [f"model.layers.{number}.mlp.up_proj" for number in range(120)]
     pattern = Patterns({escape(path): number for number, path in enumerate(layers)})
     assert [pattern.find(path) for path in layers] == list(range(120)) and pattern.idle(layers) == []
+
+
+def test_a_key_may_refer_back_to_its_own_groups():
+    # Behind the two groups that a key is put into, as it always was.
+    check_keys({r"(\d)\3": 1}, ["10", "11"], "rank_pattern")
+    assert Patterns({r"(\d)\3": 1}).find("11") == 1
+    with pytest.raises(lf.TargetError, match="not a regular expression"):
+        check_keys({r"(\d)\9": 1}, ["10", "11"], "rank_pattern")

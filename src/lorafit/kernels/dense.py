@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafit.kernels.frozen import Frozen
 from lorafit.kernels.precision import as_forward, autocasts
-from lorafit.kernels.scratch import scratch
+from lorafit.kernels.scratch import scratch, shaped
 
 
 def summable(x: Tensor, frozen: Frozen, change: Tensor) -> bool:
@@ -33,7 +33,8 @@ class _Summed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, change: Tensor, bias: Tensor | None, frozen: Frozen, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, change, *tensors)
         ctx.frozen = frozen
-        return F.linear(x, _sum(frozen.form(tensors, change.dtype), change), bias)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        return shaped(x, F.linear(rows, _sum(frozen.form(tensors, change.dtype), change), bias))
 
     @staticmethod
     @as_forward

@@ -22,7 +22,7 @@ from lorafit.kernels.frozen import Frozen
 from lorafit.kernels.masks import add_masked_product_, keep_mask, masked_outer, masked_product
 from lorafit.kernels.precision import as_forward, own_precision, wanted
 from lorafit.kernels.products import shared_product
-from lorafit.kernels.scratch import pieces, recorded, scratch, turned
+from lorafit.kernels.scratch import pieces, recorded, scratch, shaped, turned
 
 KEEP = 1 / 16
 """A merged weight is kept for the backward pass where forming it costs more than this part of the layer itself."""
@@ -86,9 +86,9 @@ def _apply(
     if not differentiated:  # the call of a Function costs as much as a small layer
         if merged:
             weight = _merged(frozen.form(tensors, dtype), down, up, scale, kept=False)
-            return _shaped(x, _scaled(F.linear(_rows(x, dtype), weight, _as(bias, dtype)), gain, _as(bias, dtype)))
-        y = _low_rank(x, frozen.form(tensors, dtype), _as(bias, dtype), down, up, scale, dropout, False, tensors[0])[0]
-        return _shaped(x, _scaled(y, gain, _as(bias, dtype)))
+            return shaped(x, _scaled(F.linear(_rows(x, dtype), weight, _as(bias, dtype)), gain, _as(bias, dtype)))
+        y = _low_rank(x, frozen.form(tensors, dtype), _as(bias, dtype), down, up, scale, dropout)[0]
+        return shaped(x, _scaled(y, gain, _as(bias, dtype)))
     shared = (x, down, up, gain, bias, frozen, scale, dtype)
     function, last = (_Merged, kept) if merged else (_LowRank, dropout)
     result: Tensor = function.apply(*shared, last, *tensors)  # type: ignore[no-untyped-call]
@@ -133,14 +133,16 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:
         _, need_down, _, need_gain, *_ = ctx.needs_input_grad
         bias = _as(bias, dtype)
-        y, h, mask = _low_rank(x, frozen.form(tensors, dtype), bias, down, up, scale, dropout, need_down, tensors[0])
+        y, h, mask = _low_rank(
+            x, frozen.form(tensors, dtype), bias, down, up, scale, dropout, None if need_down else tensors[0]
+        )
         whole, y = y if need_gain else None, _scaled(y, gain, bias)
         # A frozen A needs no x in the backward pass: then r numbers a token are kept instead of `in`.
         ctx.save_for_backward(
             x if need_down else None, h, mask, down, up, gain, bias if gain is not None else None, whole, *tensors
         )
         ctx.frozen, ctx.scale, ctx.x, ctx.dtype = frozen, scale / (1 - dropout), (x.shape, x.dtype), dtype
-        return _shaped(x, y)
+        return shaped(x, y)
 
     @staticmethod
     @as_forward
@@ -204,7 +206,7 @@ class _Merged(torch.autograd.Function):
             *tensors,
         )
         ctx.frozen, ctx.scale, ctx.x, ctx.dtype = frozen, scale, (x.shape, x.dtype), dtype
-        return _shaped(x, y)
+        return shaped(x, y)
 
     @staticmethod
     @as_forward
@@ -234,14 +236,6 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(dtype)
 
 
-def _shaped(x: Tensor, y: Tensor) -> Tensor:
-    """Rows y in the shape of x. No view, as which autograd would not let anybody change it in place afterwards."""
-    if x.dim() == 2:
-        return y
-    shaped: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-    return shaped
-
-
 def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
@@ -254,18 +248,17 @@ def _low_rank(
     up: Tensor,
     scale: float,
     dropout: float,
-    need_down: bool,
-    user: Tensor,
+    user: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x Wᵀ + b + s / (1 − p) H Bᵀ, H, mask); `user` stands for the layer."""
+    """(x Wᵀ + b + s / (1 − p) H Bᵀ, H, mask); with `user`, a layer's weight, H may be that of the layer before."""
     dtype = weight.dtype
     rows = _rows(x, dtype)
     y, mask = F.linear(rows, weight, bias), keep_mask(rows, dropout) if dropout else None
     a = down.to(dtype)
     if mask is not None:
         h = masked_product(rows, mask, a)
-    else:  # that of a frozen A may be the one of the layer before
-        h = rows @ turned(a) if need_down else shared_product(x, rows, down, user)
+    else:
+        h = rows @ turned(a) if user is None else shared_product(x, rows, down, user)
     # Not in place where operations are recorded: selective checkpointing keeps the layer's own output.
     into = None if recorded() else y
     return torch.addmm(y, h, turned(up.to(dtype)), alpha=scale / (1 - dropout), out=into), h, mask

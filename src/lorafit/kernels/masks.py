@@ -13,6 +13,11 @@ from torch import Tensor
 from lorafit.kernels.scratch import pieces, reusable, scratch
 
 
+def by_bytes(device: torch.device) -> bool:
+    """Whether masks are drawn eight numbers at a time: wherever a pass may be repeated, in the same way each time."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def keep_mask(rows: Tensor, dropout: float) -> Tensor:
     """A mask like `rows` (n, k), uint8: 0 with probability `dropout`, else 1.
 
@@ -20,12 +25,12 @@ def keep_mask(rows: Tensor, dropout: float) -> Tensor:
     such that the probability is exactly `dropout` for each number.
     """
     n, k = rows.shape
-    if not reusable(rows.device):
-        return (torch.rand(n, k, device=rows.device) >= dropout).to(torch.uint8)
-    drawn = torch.empty((n * k + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    if not by_bytes(rows.device):
+        return (torch.rand(n, k, dtype=torch.float32, device=rows.device) >= dropout).to(torch.uint8)
+    drawn = torch.empty((n * k + 7) // 8, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     mask = drawn.view(torch.uint8)[: n * k].view(n, k)
     least = int(256 * dropout)
-    bound = (torch.rand(n, 1) < 256 * dropout - least).add(least)
+    bound = (torch.rand(n, 1, dtype=torch.float32, device="cpu") < 256 * dropout - least).add(least)
     return mask.ge_(bound.to(torch.uint8)) if least < 255 else (mask >= bound).to(torch.uint8)
 
 

@@ -10,9 +10,11 @@ import threading
 import weakref
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from lorafit.kernels.scratch import recorded
+from lorafit.kernels.scratch import recorded, turned
 
 
 class _Known(NamedTuple):
@@ -38,16 +40,18 @@ def shared_product(x: Tensor, rows: Tensor, down: Tensor, user: Tensor) -> Tenso
     The same tensor is returned as before where x and down are those of the call before, and `user` (a layer's weight)
     has not had it yet: nobody may write to it.
     """
-    if recorded() or x.is_inference() or down.is_inference():
-        return rows @ down.to(rows.dtype).t()
-    # Tensors of one shape, type and version that begin at one address are one: the weight of a projection stays.
-    state = (x._version, down._version, down.data_ptr(), down.shape, down.stride(), rows.dtype)
-    last = _LAST.known
-    own = user.data_ptr()
+    if recorded() or torch.is_inference_mode_enabled() or x.is_inference() or down.is_inference():
+        return rows @ turned(down.to(rows.dtype))
+    # The memory itself and not its address: another adapter's matrix may come to lie where this one was.
+    memory = StorageWeakRef(down.untyped_storage())  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
+    layout = (down.storage_offset(), down.shape, down.stride(), down.dtype)
+    state = (x._version, down._version, memory, *layout, rows.dtype, stream)
+    last, own = _LAST.known, user.data_ptr()
     if last is not None and last.x() is x and last.state == state and own not in last.users:
         last.users.add(own)
         return last.product
-    product = rows @ down.to(rows.dtype).t()
+    product = rows @ turned(down.to(rows.dtype))
     _LAST.known = _Known(weakref.ref(x, _forget), state, product, {own})
     return product
 

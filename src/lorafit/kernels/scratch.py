@@ -56,7 +56,7 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
     buffer = _BUFFERS.by_kind.get(key)
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):
-            buffer = _BUFFERS.by_kind[key] = torch.empty(size, dtype=dtype)
+            buffer = _BUFFERS.by_kind[key] = torch.empty(size, dtype=dtype, device="cpu")
     return buffer[:size].view(shape)
 
 
@@ -70,3 +70,11 @@ def pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     step = max(LEAST, PIECE[device.type] // max(1, width)) if reusable(device) else max(1, rows)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def shaped(x: Tensor, y: Tensor) -> Tensor:
+    """Rows y in the shape of x. No view, as which autograd would not let anybody change it in place afterwards."""
+    if x.dim() == 2:
+        return y
+    result: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return result

@@ -33,9 +33,14 @@ class VectorSite(Site):
         """The weight as the kernels take it, for an input like x."""
         return Plain(self.weight())
 
+    def _trained(self) -> bool:
+        weight = self.module.weight  # no parameter in the replicas of DataParallel
+        assert isinstance(weight, Tensor)
+        return weight.requires_grad
+
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
         bias = self.bias()
-        if len(acting) != 1 or self.raw_weight.requires_grad or (bias is not None and bias.requires_grad):
+        if len(acting) != 1 or self._trained() or (bias is not None and bias.requires_grad):
             return apply(self, x, base(self.module, x), acting)
         update, dropout = acting[0]
         delta, frozen = update.delta, self.frozen(x)

@@ -109,7 +109,7 @@ class DoRAAdapter(Adapter):
         def anew() -> _Lengths:
             matrix = weight() if isinstance(weight, Stored) else kept[0]
             squares = self._row_squares(matrix, kept)
-            return _Lengths.of(row_norm(matrix, delta, squares=squares, branch=now is not None))
+            return _Lengths.of(row_norm(matrix, delta, squares=squares, branch=now is not None and not matrix.is_meta))
 
         return self._lengths.get(now, anew)
 

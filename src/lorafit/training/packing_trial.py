@@ -184,6 +184,8 @@ def _refusal(
         return "its own loss has to be used, which may count padding (the router of a mixture of experts does)"
     half = is_half(model)
     window = min(_windows(model.config.to_dict()), default=math.inf)
+    if collator.isolation.shares and window < max(map(len, batch)):
+        return f"a mask of ours would take away its attention window of {window} tokens"
     if half and collator.isolation.shares and window < layout.width:
         return f"in 16 bits it cannot be seen whether its attention window of {window} tokens is kept"
     with at_rest(model):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor, nn
 
 from lorafit.adapted import BANK, bank_of, walk
@@ -56,7 +57,9 @@ class Stack:
     @contextmanager
     def watched(self, see: Callable[[Output], None]) -> Iterator[None]:
         """Within, `see` gets what the prefix puts out. Raises `UnknownFormError` for an output of another form."""
-        hook = self.layers[self.first - 1].register_forward_hook(lambda module, args, output: see(_parted(output)))
+        # Files are not for a compiler, which traces a compiled layer's hooks too.
+        seen = torch.compiler.disable(lambda module, args, output: see(_parted(output)))  # type: ignore[no-untyped-call]
+        hook = self.layers[self.first - 1].register_forward_hook(seen)
         try:
             yield
         finally:

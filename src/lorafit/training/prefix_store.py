@@ -45,6 +45,8 @@ class PrefixStore:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / STATES
         self._read_index(path)
+        if not self._entries:  # else what it says of other states could be read out of the new ones after a kill
+            (folder / INDEX).unlink(missing_ok=True)
         self._file: BinaryIO = path.open("r+b" if self._entries else "w+b")
 
     def __len__(self) -> int:
