@@ -174,7 +174,10 @@ def _generate(label: str, base: ModuleClass, forward: Callable[..., Any], make: 
         # A generated class cannot be imported by name: rebuild it from its base instead.
         state = base.__reduce_ex__(self, protocol)
         assert isinstance(state, tuple)
-        return (_revive, (make, base), *state[2:])
+        rebuild, args = state[:2]
+        if type(self) in args:  # the object's own way
+            return (_revive, (make, base), *state[2:])
+        return (_around, (make, rebuild, args), *state[2:])  # the base has a way of its own
 
     name = f"{label}[{base.__name__}]"
     namespace = {
@@ -191,6 +194,12 @@ def _generate(label: str, base: ModuleClass, forward: Callable[..., Any], make: 
 def _revive(make: Generator, base: ModuleClass) -> nn.Module:
     kind = make(base)
     return kind.__new__(kind)
+
+
+def _around(make: Generator, rebuild: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+    module = rebuild(*args)
+    module.__class__ = make(type(module))
+    return module
 
 
 def plain_class(module: nn.Module) -> ModuleClass:

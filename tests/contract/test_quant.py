@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -399,6 +401,22 @@ def test_layers_that_cannot_be_are_refused(make, targets, match):
         lf.quantise(make(), targets)
 
 
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(8, 0), lambda: nn.Linear(0, 8)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_weights_are_refused(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    with pytest.raises(lf.TargetError, match=r"where: +1(?s:.)*its weight is empty"):
+        lf.quantise(model)
+    assert not isinstance(model[0], Int8Layer)
+
+
+def test_float8_weights_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(lf.TargetError, match="float8_e4m3fn"):
+        lf.quantise(model)
+
+
 def test_shared_and_packed_weights_are_refused():
     model = llama(tie_word_embeddings=True)
     with pytest.raises(lf.TargetError, match="also another layer's"):
@@ -533,3 +551,212 @@ def test_damaged_files_are_said(tmp_path, damage):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["model.safetensors"]}))
     with pytest.raises(lf.CheckpointError, match="download it again"):
         lf.load_quantised(plain, tmp_path)
+
+
+# What was given is what is taken
+
+
+class Shared(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.c = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.float8_e4m3fn])
+def test_a_scale_beside_a_floating_weight_is_refused(cast):
+    model = plain()
+    lf.quantise(model)
+    state = {**model.state_dict()}
+    state["0.weight"] = state["0.weight"].to(cast)
+    before = model[0].weight.clone()
+    with pytest.raises(RuntimeError, match=r"0\.weight: a weight of torch\.float.* multiplied by their scale"):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].weight, before)
+    for order in (1, -1):
+        with pytest.raises(lf.CheckpointError, match="a floating-point weight has a scale beside it"):
+            lf.load_quantised(plain, list(state.items())[::order])
+    without = {key: value for key, value in model.state_dict().items() if key != "0.weight_scale"}
+    with pytest.raises(lf.CheckpointError, match=r"no 0\.weight_scale"):
+        lf.load_quantised(plain, without.items())
+    with pytest.raises(lf.CheckpointError, match=r"no 0\.weight"):
+        lf.load_quantised(plain, [(key, value) for key, value in model.state_dict().items() if key != "0.weight"])
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_a_layer_under_two_names_is_loaded_once(form):
+    original = Shared()
+    state = {key: value.clone() for key, value in original.state_dict().items()}
+    lf.quantise(original)
+    if form == "packed":
+        state = original.state_dict()
+    x = torch.randn(2, 8)
+    everything = list(state.items())
+    by_name = sorted(everything, key=lambda row: row[0].partition(".")[2])
+    alone = [(key, value) for key, value in everything if not key.startswith("a.")]
+    for pairs in (everything, everything[::-1], by_name, alone):
+        model, _ = lf.load_quantised(Shared, pairs)
+        assert model.a is model.b and isinstance(model.a, Int8Layer) and torch.equal(model(x), original(x))
+    for key in ("b.weight", "b.bias"):
+        with pytest.raises(lf.CheckpointError, match="different numbers under different names"):
+            lf.load_quantised(Shared, {**state, key: torch.zeros_like(state[key])}.items())
+    with pytest.raises(lf.CheckpointError, match=r"more than once(?s:.)*twice"):
+        lf.load_quantised(Shared, [*everything, everything[0]])
+
+
+def test_assigned_conv1d_weights_are_contiguous():
+    model = plain()
+    lf.quantise(model)
+    model.load_state_dict(plain(seed=1).state_dict(), assign=True)
+    assert model[2].weight.is_contiguous() and model[2].weight_scale.is_contiguous()
+
+
+def test_a_model_that_is_one_layer():
+    original = nn.Linear(8, 4)
+    state = {key: value.clone() for key, value in original.state_dict().items()}
+    model, report = lf.load_quantised(lambda: nn.Linear(8, 4), state.items())
+    assert list(report.layers) == [""] and isinstance(model, Int8Layer)
+
+
+def test_dequantising_inside_disabled_of_a_merged_adapter_is_refused():
+    packed, _ = pair()
+    handle = lf.attach(packed, lf.LoRA(r=2), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lf.LorafitWarning)
+        handle.merge()
+    with handle.disabled(), pytest.raises(lf.StateError, match=r"inside disabled\(\)"):
+        lf.dequantise(packed)
+    handle.unmerge()
+    assert lf.dequantise(packed) == ["0", "2", "4"]
+
+
+def test_a_single_vector_and_its_gradients():
+    model = nn.Sequential(nn.Linear(8, 4))
+    lf.quantise(model)
+    model(torch.randn(8)).sum().backward()
+    assert torch.equal(model[0].bias.grad, torch.ones(4))
+
+
+def test_converting_in_inference_mode_leaves_training_possible():
+    packed = plain()
+    with torch.inference_mode():
+        lf.quantise(packed)
+    twin = copy.deepcopy(packed)
+    with torch.inference_mode():
+        lf.dequantise(twin)
+    for model in (packed, twin):
+        assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+        handle = lf.attach(model, lf.LoRA(r=2), seed=0)
+        model(torch.randn(2, 48)).sum().backward()
+        assert all(parameter.grad is not None for parameter in handle.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dequantised_in_the_type_the_model_works_in(dtype):
+    model = plain().to(dtype)
+    lf.quantise(model)
+    x = torch.randn(2, 48, dtype=dtype)
+    y = model(x)
+    handle = lf.attach(model, lf.LoRA(r=2), seed=0)
+    lf.dequantise(model)
+    assert {model[at].weight.dtype for at in (0, 2, 4)} == {dtype}
+    assert torch.allclose(model(x), y, rtol=1e-2 if dtype == torch.bfloat16 else 1e-12)
+    handle.detach()
+    lf.quantise(model)
+    lf.dequantise(model, dtype=torch.float16)
+    assert model[0].weight.dtype == torch.float16
+    lf.quantise(model)
+    with pytest.raises(lf.ConfigError, match="floating-point type"):
+        lf.dequantise(model, dtype=torch.int8)
+
+
+def test_double_precision_beyond_single_is_refused_before_any_changes():
+    model = plain().double()
+    model[4].weight.data[0, 0] = 1e39
+    with pytest.raises(lf.ConfigError, match="beyond float32"):
+        lf.quantise(model)
+    assert not any(isinstance(module, Int8Layer) for module in model)
+
+
+@pytest.mark.parametrize("copied", ["pickle", "save", "deepcopy"])
+def test_a_packed_model_with_adapters_is_pickled(copied):
+    packed, _ = pair()
+    handle = lf.attach(packed, lf.LoRA(r=2), seed=0)
+    nudge(handle)
+    if copied == "pickle":
+        again = pickle.loads(pickle.dumps(packed))
+    elif copied == "deepcopy":
+        again = copy.deepcopy(packed)
+    else:
+        stream = io.BytesIO()
+        torch.save(packed, stream)
+        stream.seek(0)
+        again = torch.load(stream, weights_only=False)
+    x = torch.randn(2, 48)
+    assert torch.equal(again(x), packed(x)) and [type(each) for each in again] == [type(each) for each in packed]
+
+
+@pytest.mark.parametrize(
+    "outside", ["../outside.safetensors", "/outside.safetensors", "..\\outside.safetensors", "absolute"]
+)
+def test_an_index_stays_in_its_folder(tmp_path, outside):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    save_file(dict(plain().state_dict()), tmp_path / "outside.safetensors")
+    name = str(tmp_path / "outside.safetensors") if outside == "absolute" else outside
+    index = {"weight_map": dict.fromkeys(plain().state_dict(), name)}
+    (inner / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(lf.CheckpointError, match="outside of its folder"):
+        lf.load_quantised(plain, inner)
+
+
+def test_the_index_says_which_file_has_a_tensor(tmp_path):
+    state = {key: value.clone() for key, value in plain().state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    save_file({"0.weight": torch.ones(64, 48)}, tmp_path / "b.safetensors")
+    for last in ("a", "b"):
+        index = {"weight_map": {**dict.fromkeys(state, "a.safetensors"), "4.weight": f"{last}.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if last == "a":
+            model, _ = lf.load_quantised(plain, tmp_path)
+        else:  # the other file is read, and does not have what it should
+            with pytest.raises(lf.CheckpointError, match=r"no 4\.weight"):
+                lf.load_quantised(plain, tmp_path)
+    index = {"weight_map": {"extra": "b.safetensors", **dict.fromkeys(state, "a.safetensors")}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, _ = lf.load_quantised(plain, tmp_path)
+    original = plain()
+    lf.quantise(original)
+    x = torch.randn(2, 48)
+    assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2.0, 2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, True], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": None, "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0.0, 16.0]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [-500, -484]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [56, 72]},
+        {"dtype": "F32", "shape": [10**9, 10**7], "data_offsets": [0, 4 * 10**16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16, 3]},
+        "[" * 100_000,
+    ],
+    ids=lambda header: str(header)[:60],
+)
+def test_damaged_headers_are_said(tmp_path, header):
+    text = header if isinstance(header, str) else json.dumps({"weight": header})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(64))
+    with pytest.raises(lf.CheckpointError, match="no safetensors file that can be read"):
+        lf.load_quantised(lambda: nn.Linear(2, 2, bias=False), path)

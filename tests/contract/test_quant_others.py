@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,43 @@ def test_it_becomes_plain(found):
 
 def test_rounded_inputs_without_a_gradient_are_refused():
     assert "no gradient" in outcome("ao-int8-dynamic")["refused"]
+
+
+ASYMMETRIC = """
+import torch
+from torch import nn
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis
+from torchao.quantization.quant_primitives import MappingType
+
+import lorafit as lf
+from lorafit.layers.foreign import TensorSite
+
+torch.manual_seed(0)
+for mapping in (MappingType.ASYMMETRIC, MappingType.SYMMETRIC):
+    model = nn.Sequential(nn.Linear(64, 32))
+    model[0].weight.data += 0.1
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0), mapping_type=mapping))
+    x = torch.randn(2, 64)
+    y = model(x)
+    print("FORM", type(TensorSite(model[0]).stored(torch.float32)).__name__)
+    handle = lf.attach(model, lf.LoRA(r=1))
+    print("FAR", float((model(x) - y).abs().max()))
+    handle.detach()
+    lf.dequantise(model)
+    print("FAR", float((model(x) - y).abs().max()))
+"""
+
+
+def test_zero_points_count():
+    if importlib.util.find_spec("torchao") is None and not (ASIDE / "torchao").is_dir():
+        pytest.skip("torchao is not installed")
+    paths = [str(Path(__file__).parents[2] / "src"), str(ASIDE), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, "-c", ASYMMETRIC], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    far = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("FAR ")]
+    assert len(far) == 4 and max(far) < 1e-5
+    assert re.findall(r"^FORM (.*)$", done.stdout, re.MULTILINE) == ["Formed", "Int8Rows"]

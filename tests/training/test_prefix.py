@@ -512,6 +512,16 @@ def test_reentrant_checkpoints_are_refused(run: Run, name: str) -> None:
     assert run(**{switch: True, name: {"preserve_rng_state": False}}, max_steps=1).status == "done"
 
 
+def test_a_file_that_lost_its_end_ends_the_cache_and_not_the_run(tmp_path: Path) -> None:
+    kept = store(tmp_path / "p")
+    kept.write("a", torch.ones(2, 4))
+    kept.commit()
+    (tmp_path / "p" / "states.bin").write_bytes(b"")
+    with pytest.raises(EOFError, match=r"states\.bin ends before byte"):
+        kept.read("a")
+    kept.close()
+
+
 def test_an_index_never_speaks_of_states_that_were_written_over(tmp_path: Path) -> None:
     first = store(tmp_path / "p", "one")
     first.write("a", torch.ones(2, 4))

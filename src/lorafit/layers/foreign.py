@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafit.errors import MergeError
 from lorafit.kernels.frozen import Frozen
@@ -157,7 +158,8 @@ class TensorSite(ForeignSite):
         out, inn = weight.shape
         inner = vars(weight)
         values, scale = inner.get("qdata"), inner.get("scale")
-        if values is not None and values.dtype == torch.int8 and scale is not None and scale.shape == (out, 1):
+        rowwise = values is not None and values.dtype == torch.int8 and scale is not None and scale.shape == (out, 1)
+        if rowwise and _symmetric(inner.get("zero_point")):
             return Int8Rows(values, scale, dtype)
         nf4 = nf4_tensor()
         if nf4 is not None and isinstance(weight, nf4):
@@ -172,6 +174,24 @@ class TensorSite(ForeignSite):
                 "quantise weights alone, such as TorchAoConfig(Int8WeightOnlyConfig())",
             )
         return None
+
+
+_SYMMETRIC = WeakIdKeyDictionary()
+"""Zero points → (their version, whether all of them are zero): a forward pass is not to look at them again."""
+
+
+def _symmetric(zero_point: Tensor | None) -> bool:
+    """Whether integers stand for multiples of their scale, with nothing to take away from them first."""
+    if zero_point is None:
+        return True
+    if zero_point.device.type == "meta":
+        return False
+    version = 0 if zero_point.is_inference() else zero_point._version
+    known: tuple[int, bool] | None = _SYMMETRIC.get(zero_point)  # type: ignore[no-untyped-call]
+    if known is None or known[0] != version:
+        known = (version, not zero_point.any())
+        _SYMMETRIC[zero_point] = known
+    return known[1]
 
 
 def nf4_tensor() -> Any:

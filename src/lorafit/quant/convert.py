@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorafit.adapted import adapted, bank_of, banks
+from lorafit.activation import check_settled
+from lorafit.adapted import adapted, bank_of, banks, walk
 from lorafit.errors import ConfigError, StateError
-from lorafit.layers import Conv1DSite, PackedSite, Site, site_of
+from lorafit.layers import Conv1DSite, PackedSite, Site, Stored, site_of
+from lorafit.ledger import LEDGER, Ledger
 from lorafit.plan import Modules
-from lorafit.quant.modules import install
+from lorafit.quant.modules import SCALE, install
 from lorafit.quant.rows import Rows, pack
 from lorafit.quant.selecting import select
 from lorafit.targets import ALL_LINEAR, Targets
@@ -81,8 +83,8 @@ def check_finite(path: str, finite: bool) -> None:
     if not finite:
         raise ConfigError(
             "a weight is not finite, so its rows have no scale",
-            where=f"{path}.weight",
-            found="infinite values, or values that are not numbers",
+            where=f"{path}.weight" if path else "weight",
+            found="infinite values, values that are not numbers, or beyond float32",
             expected="finite values",
             fix="look for a damaged checkpoint, or leave the layer out with exclude=",
         )
@@ -116,37 +118,48 @@ def quantise(model: nn.Module, targets: Targets = ALL_LINEAR, *, exclude: Target
         if weight.device.type == "meta":
             raise ConfigError(
                 "a weight has no values yet",
-                where=f"{path}.weight",
+                where=f"{path}.weight" if path else "weight",
                 found="the meta device",
                 expected="a loaded model",
                 fix="load the weights first, or use load_quantised",
             )
-        check_finite(path, bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()))
+        check_finite(path, bool(torch.stack(torch.aminmax(weight.detach())).float().isfinite().all()))
     tally = Tally()
-    for path, module in modules.items():
-        site = site_of(module)
-        width = site.raw_weight.element_size()
-        rows = pack(site.weight().detach())
-        tally.add(path, rows, width)
-        put(site, rows)
+    with torch.inference_mode(False), torch.no_grad():
+        for path, module in modules.items():
+            site = site_of(module)
+            width = site.raw_weight.element_size()
+            rows = pack(site.weight().detach())
+            tally.add(path, rows, width)
+            put(site, rows)
     return tally.result()
 
 
-def dequantise(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> list[str]:
+def dequantise(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[str]:
     """Turns every quantised linear layer of `model` into a plain one with the weight that it stood for, in place.
 
     Adapters stay attached and compute what they did; merging them is then exact to rounding.
 
     Args:
         model: a model with int8 rows, or with layers of bitsandbytes or torchao.
-        dtype: of the new weights.
+        dtype: of the new weights. None is the type in which the model works: that of the layer's bias, or of most of
+            the model's other parameters; float32 where there are none.
 
     Returns:
         The paths of the layers that were changed.
 
     Raises:
-        StateError: an adapter is merged into the weights, which could then not be unmerged.
+        StateError: an adapter is merged into the weights, which could then not be unmerged, or `disabled` has taken
+            a merged one out for a while.
+        ConfigError: `dtype` is not of floating-point numbers.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(
+            "a weight needs a floating-point type", found=str(dtype), expected="torch.float32", fix="dtype=None"
+        )
+    for _, module, _ in walk(model):
+        ledger = vars(module).get(LEDGER)
+        check_settled(ledger.lifted if isinstance(ledger, Ledger) else None)
     for bank in banks(model):
         if bank.merged:
             raise StateError(
@@ -156,15 +169,32 @@ def dequantise(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> list[
                 fix="unmerge it first, or merge_and_detach() to keep it in the weights for good",
             )
     modules = Modules.of(model)
+    usual = _working(modules)
     changed = []
-    for path in modules.known():
-        module = modules.by_path[path]
-        site = modules.sites([path])[0]
-        if isinstance(site, PackedSite):
-            weight = site.unfold(site.weight().to(dtype)).contiguous()
-            site.unpack(weight, _same if bank_of(module) is None else adapted)
-            changed.append(path)
+    with torch.inference_mode(False), torch.no_grad():
+        for path in modules.known():
+            module = modules.by_path[path]
+            site = modules.sites([path])[0]
+            if isinstance(site, PackedSite):
+                bias = site.bias()
+                kind = dtype or (usual if bias is None else bias.dtype)
+                matrix = Stored(site.stored(torch.promote_types(kind, torch.float32)))()
+                weight = site.unfold(matrix.to(kind)).contiguous()
+                site.unpack(weight, _same if bank_of(module) is None else adapted)
+                changed.append(path)
     return changed
+
+
+def _working(modules: Modules) -> torch.dtype:
+    """The type of most of the model's floating-point numbers, or float32; what is packed says nothing of it."""
+    counts: dict[torch.dtype, int] = {}
+    for module in modules.by_path.values():
+        kept: list[Tensor | None] = [*module._parameters.values()]
+        kept += [buffer for name, buffer in module._buffers.items() if name != SCALE]
+        for tensor in kept:
+            if tensor is not None and tensor.is_floating_point():
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=counts.__getitem__, default=torch.float32)
 
 
 def _same(kind: type[nn.Module]) -> type[nn.Module]:

@@ -32,7 +32,7 @@ class _FrozenLinear(torch.autograd.Function):
                 matrix = matrix.clone()
             grad_x = torch.mm(grad.reshape(-1, grad.shape[-1]), matrix).view(*grad.shape[:-1], matrix.shape[1])
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, *(None for _ in tensors)
 
 

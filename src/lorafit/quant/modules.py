@@ -70,9 +70,13 @@ def packed(base: ModuleClass, transposed: bool) -> ModuleClass:
     def load(self: Any, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
         if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape == self.weight.shape:
+            if f"{prefix}{SCALE}" in state_dict:
+                rest[-1].append(f"{prefix}weight: {unscaled(weight)}")
+                return
             rows = pack(weight.t() if transposed else weight)
-            state_dict[f"{prefix}weight"] = rows.values.t() if transposed else rows.values
-            state_dict[f"{prefix}{SCALE}"] = rows.scale.t() if transposed else rows.scale
+            # Contiguous: with assign=True these become the layer's own.
+            state_dict[f"{prefix}weight"] = (rows.values.t() if transposed else rows.values).contiguous()
+            state_dict[f"{prefix}{SCALE}"] = (rows.scale.t() if transposed else rows.scale).contiguous()
         base._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
 
     def extra_repr(self: Any) -> str:
@@ -100,6 +104,14 @@ def packed(base: ModuleClass, transposed: bool) -> ModuleClass:
     for mark in (Int8Layer, Int8InOut if transposed else Int8OutIn):
         mark.register(kind)
     return kind
+
+
+def unscaled(weight: Tensor) -> str:
+    """What to say of a floating-point weight that has a scale beside it."""
+    return (
+        f"a weight of {weight.dtype} with a {SCALE} beside it is not int8 rows, and not the plain weight either. "
+        f"Give int8 rows as they were saved (never cast them), or plain weights alone, multiplied by their scale"
+    )
 
 
 def _revive(base: ModuleClass, transposed: bool) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 import torch
@@ -46,11 +46,13 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         CheckpointError: there is none, or a file of it cannot be read.
     """
     memory = bytearray()
-    for file in _files(path):
+    for file, name, places in _files(path):
         try:
             with file.open("rb") as stream:
                 start, header = _header(stream, file)
                 for key, kind, shape, offset, size in header:
+                    if places.get(key, name) != name:  # the index says that another file has it
+                        continue
                     if len(memory) < size:
                         memory = bytearray()  # the old one goes before the new one comes
                         memory = bytearray(size)
@@ -70,17 +72,22 @@ def _header(stream: BinaryIO, file: Path) -> tuple[int, list[tuple[str, torch.dt
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= LARGEST_HEADER:
         raise _broken(file, f"a header of {length:,} bytes")
+    room = file.stat().st_size - 8 - length
     try:
         entries: dict[str, Any] = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
         rows = []
         for key, entry in entries.items():
             begin, end = entry["data_offsets"]
-            kind, shape = TYPES[entry["dtype"]], [int(each) for each in entry["shape"]]
+            kind, shape = TYPES[entry["dtype"]], list(entry["shape"])
+            if any(type(each) is not int or each < 0 for each in (*shape, begin, end)):
+                raise _broken(file, f"{key} with shape {shape} and offsets {[begin, end]}")
+            if end > room:
+                raise _broken(file, f"{key} ends after the file does")
             if end - begin != math.prod(shape) * kind.itemsize:
                 raise _broken(file, f"{key} has {end - begin:,} bytes for {entry['dtype']} {shape}")
             rows.append((key, kind, shape, begin, end - begin))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(file, f"a header that says {error!r}") from error
     return 8 + length, sorted(rows, key=lambda row: row[3])
 
@@ -95,21 +102,31 @@ def _broken(file: Path, found: str) -> CheckpointError:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of a checkpoint, in the order of its index."""
+def _files(path: Path) -> list[tuple[Path, str, dict[str, str]]]:
+    """The files of a checkpoint, in the order of its index: path, name in it, and key → name."""
     if path.is_file():
-        return [path]
+        return [(path, path.name, {})]
     index = path / INDEX
     if index.is_file():
         try:
-            names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [path / name for name in names]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = list(dict.fromkeys(places.values()))
+            outside = [name for name in names if _leaves(name)]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"the index of the checkpoint cannot be read: {error!r}", where=str(index), fix="download it again"
             ) from error
+        if outside:
+            raise CheckpointError(
+                "the index of the checkpoint names a file outside of its folder",
+                where=str(index),
+                found=repr(outside[0]),
+                expected="names of files beside it",
+                fix="download it again, from a source that you trust",
+            )
+        return [(path / name, name, places) for name in names]
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
+        return [(path / SINGLE, SINGLE, {})]
     raise CheckpointError(
         "there is no checkpoint here",
         where=str(path),
@@ -117,3 +134,9 @@ def _files(path: Path) -> list[Path]:
         expected=f"{SINGLE} or {INDEX}",
         fix="huggingface_hub.snapshot_download(name) returns the folder of a model of the hub",
     )
+
+
+def _leaves(name: str) -> bool:
+    """Whether a name in an index leads out of the folder; links in the folder are the owner's own."""
+    kinds = (PurePosixPath(name), PureWindowsPath(name))
+    return any(each.is_absolute() or each.anchor != "" or ".." in each.parts for each in kinds)

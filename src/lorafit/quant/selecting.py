@@ -86,6 +86,10 @@ def _reason(module: nn.Module, parent: nn.Module | None) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other tensors"
+    if weight.numel() == 0:
+        return f"its weight is empty, {tuple(weight.shape)}"
+    if weight.is_floating_point() and weight.element_size() == 1:
+        return f"its weight is stored as {weight.dtype}, of which the scale is kept elsewhere"
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:
         return f"its weight is stored as {type(weight).__name__} of {weight.dtype} already"
     return None

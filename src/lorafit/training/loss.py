@@ -292,6 +292,11 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
     return {key: value for key, value in batch.items() if key not in ("labels", TOKENS)}
 
 
+def chunk_for(device: torch.device) -> int:
+    """Rows of logits to hold at once on a device."""
+    return 192 if device.type == "cpu" else 1024
+
+
 def _choose(model: PreTrainedModel, chunk: int | None) -> SupervisedLoss:
     settings = model.config.to_dict()
     known = inspect.signature(model.forward).parameters
@@ -306,7 +311,7 @@ def _choose(model: PreTrainedModel, chunk: int | None) -> SupervisedLoss:
     head = model.get_output_embeddings()
     device = model.get_input_embeddings().weight.device
     if chunk is None:
-        chunk = 192 if device.type == "cpu" else 1024
+        chunk = chunk_for(device)
     full = FullLogits(options, chunk)
     if _adds_a_loss(settings):
         return full

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lorafit.errors import TrainingError
+from lorafit.training.callbacks import terminated
 from lorafit.training.config import Settings
 
 STEPS = 3
@@ -81,14 +82,15 @@ def measure(settings: Settings) -> Measured | str:
             }
         )
         paths = os.pathsep.join(path for path in sys.path if path)
-        done = subprocess.run(
-            [sys.executable, "-m", "lorafit.training.planning_child"],
-            input=short.model_dump_json(),
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-            check=False,
-        )
+        with terminated():  # the child and the folder go with this process
+            done = subprocess.run(
+                [sys.executable, "-m", "lorafit.training.planning_child"],
+                input=short.model_dump_json(),
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": paths},
+                check=False,
+            )
         if done.returncode == -signal.SIGKILL or any(text in done.stderr for text in _NO_MEMORY):
             return ENDED
         if done.returncode:

@@ -19,16 +19,13 @@ from lorafit.methods import INNER, build
 from lorafit.training.batches import Collator, LabelCollator
 from lorafit.training.config import Settings
 from lorafit.training.data import Data, LabelledData
-from lorafit.training.loss import FullLogits, HeadRows, KeptColumns, SupervisedLoss
+from lorafit.training.loss import FullLogits, HeadRows, KeptColumns, SupervisedLoss, chunk_for
 from lorafit.training.models import Located
 from lorafit.training.objectives import Classes, NextToken, Objective
 from lorafit.training.packing import PackingCollator
 from lorafit.training.packing_trial import decide
 from lorafit.training.planning_machine import Rates
 from lorafit.training.planning_shades import Ledger, held_bytes, shades
-
-CHUNK = {"cpu": 128}
-"""Rows of logits at a time, by device type, as `SupervisedLoss.prepare` has them; 1,024 elsewhere."""
 
 
 @final
@@ -257,7 +254,7 @@ def _loss(model: Any, device: torch.device) -> SupervisedLoss:
     """How the loss will be computed, told from where the logits come from."""
     known = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in known else {}
-    chunk = CHUNK.get(device.type, 1024)
+    chunk = chunk_for(device)
     head = model.get_output_embeddings()
     if model.config.to_dict().get("output_router_logits"):
         return FullLogits(options, chunk)

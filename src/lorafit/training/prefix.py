@@ -25,7 +25,7 @@ from lorafit.errors import CheckpointError
 from lorafit.training.loss import is_half
 from lorafit.training.prefix_layers import Output, Stack, below, find_stack
 from lorafit.training.prefix_pieces import Piece, pieces
-from lorafit.training.prefix_store import PrefixStore
+from lorafit.training.prefix_store import STATES, PrefixStore
 from lorafit.training.prefix_trial import COARSE, FINE, Form, NotConstantError, Subject, attempt
 
 Batch = Mapping[str, Tensor]
@@ -108,20 +108,27 @@ class Cached(Prefix):
     def over(self, batch: Batch) -> Iterator[None]:
         found = None if self._broken else pieces(batch)
         self.passes += 1
-        if found is None:
+        known = found is not None and all(piece.digest in self._store for piece in found)
+        loaded = self._loaded(batch, found) if known and found is not None else None
+        if found is None or (known and loaded is None):
             yield
-        elif all(piece.digest in self._store for piece in found):
-            with self._stack.skipped(self._loaded(batch, found)):
+        elif loaded is not None:
+            with self._stack.skipped(loaded):
                 yield
             self.read += 1
         else:
             with self._stack.watched(lambda output: self._keep(output, found)):
                 yield
 
-    def _loaded(self, batch: Batch, found: Sequence[Piece]) -> Output:
+    def _loaded(self, batch: Batch, found: Sequence[Piece]) -> Output | None:
+        """What the lower layers would put out; None where the file does not give it any more."""
         states = torch.zeros(*batch["input_ids"].shape, self._form.width, dtype=self._form.dtype)
-        for piece in found:
-            piece.write(states, self._store.read(piece.digest))
+        try:
+            for piece in found:
+                piece.write(states, self._store.read(piece.digest))
+        except (OSError, EOFError) as error:  # a disk that is full says so when it is read from, too
+            self._give_up(error)
+            return None
         return Output(states.to(self._device), self._form.tupled)
 
     def _keep(self, output: Output, found: Sequence[Piece]) -> None:
@@ -142,7 +149,7 @@ class Cached(Prefix):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """A cache that cannot be written is given up; the run is not."""
+        """A cache that cannot be written or read is given up; the run is not."""
         self._broken = True
         self._store.remove()
         self._notify(f"the lower layers are computed from here on: {str(error).splitlines()[0]}")
@@ -231,7 +238,8 @@ def _check_run(run: Run) -> None:
 
 
 def _check_space(size: int, folder: Path, *, forced: bool) -> None:
-    free = shutil.disk_usage(folder).free
+    there = folder / FOLDER / STATES  # of a run that goes on
+    free = shutil.disk_usage(folder).free + (there.stat().st_size if there.is_file() else 0)
     if size > OF_FREE * free:
         raise NotConstantError(
             f"it takes {_amount(size)}, more than half of the {_amount(free)} that are free in {folder}"
