@@ -14,7 +14,7 @@ import pytest
 
 import lorafit as lf
 
-COMMANDS = ("demo", "train", "eval", "chat", "merge", "check", "methods")
+COMMANDS = ("demo", "train", "eval", "chat", "merge", "check", "plan", "methods")
 SECONDS = 0.5
 
 

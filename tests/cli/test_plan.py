@@ -41,7 +41,7 @@ def planned(command: list[str]) -> list[str]:
 def test_dry(lorafit: Callable[..., Any], planned: list[str], tmp_path: Path) -> None:
     result = lorafit(*planned, "--dry", "--output-dir", "nothing")
     assert result.status == 0, result.err
-    for text in ("base weights", "activations", "peak", "all 10 steps", "whole run", "GiB"):
+    for text in ("base weights", "activations", "peak", "steps, 10", "whole run", "GiB"):
         assert text in result.out
     assert result.out.splitlines()[-1].startswith("fits: ")
     assert list(tmp_path.iterdir()) == []

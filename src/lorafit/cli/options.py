@@ -110,6 +110,16 @@ MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", help="Tokens of the longest sequence; longer ones are cut.", rich_help_panel=DATA),
 ]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="One of `lorafit methods`. Default: lora.", rich_help_panel=METHOD)
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--per-device-train-batch-size", help="Records in a batch. Default: 8.", rich_help_panel=TRAINING),
+]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", help="Optimizer steps; wins over epochs.", rich_help_panel=TRAINING)
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Settings from a YAML file; flags win.", rich_help_panel=RUN),

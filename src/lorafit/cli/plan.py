@@ -28,20 +28,9 @@ def plan(
     dtype: options.Dtype = None,
     data: options.Data = None,
     max_length: options.MaxLength = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="One of `lorafit methods`. Default: lora.", rich_help_panel=options.METHOD),
-    ] = None,
-    per_device_train_batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--per-device-train-batch-size", help="Records in a batch. Default: 8.", rich_help_panel=options.TRAINING
-        ),
-    ] = None,
-    max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", help="Optimizer steps; wins over epochs.", rich_help_panel=options.TRAINING),
-    ] = None,
+    method: options.MethodName = None,
+    per_device_train_batch_size: options.BatchSize = None,
+    max_steps: options.MaxSteps = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -110,19 +99,21 @@ def _show(forecast: Forecast, advice: Sequence[Advice], screen: Screen) -> None:
 
 
 def _time_rows(forecast: Forecast) -> list[tuple[str, str, str]]:
+    from lorafit.report.text import duration
+
     way, one, two = forecast.course, forecast.times, forecast.measured_times
     named: list[tuple[str, Callable[[Times], float]]] = [
         ("a step", lambda times: times.step),
         ("a step of the longest batch", lambda times: times.longest),
-        (f"all {way.steps:,} steps", lambda times: times.training),
+        (f"steps, {way.steps:,}", lambda times: times.training),
     ]
     if way.evaluations:
-        named.append((f"{way.evaluations} evaluations", lambda times: times.evaluation))
+        named.append((f"evaluations, {way.evaluations}", lambda times: times.evaluation))
     if way.samples:
-        named.append((f"{way.samples} questions, answered twice", lambda times: times.answers))
-    rows = [(name, _duration(of(one)), "" if two is None else _duration(of(two))) for name, of in named]
-    rows.append(("start and files", "", "" if two is None else _duration(two.rest)))
-    return [*rows, ("whole run", _duration(one.total), "" if two is None else _duration(two.total))]
+        named.append((f"answers, {way.samples} before and after", lambda times: times.answers))
+    rows = [(name, duration(of(one)), "" if two is None else duration(of(two))) for name, of in named]
+    rows.append(("start and files", "", "" if two is None else duration(two.rest)))
+    return [*rows, ("whole run", duration(one.total), "" if two is None else duration(two.total))]
 
 
 def _verdict(forecast: Forecast, advice: Sequence[Advice]) -> str:
@@ -140,20 +131,6 @@ def _verdict(forecast: Forecast, advice: Sequence[Advice]) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    """A length of time as one says it.
-
-    >>> _duration(4.21), _duration(150), _duration(7300)
-    ('4.2 s', '2 min 30 s', '2 h 01 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def _as_json(forecast: Forecast, advice: Sequence[Advice]) -> dict[str, Any]:

@@ -35,10 +35,7 @@ def train(
     columns: options.Columns = None,
     task: options.Task = None,
     max_length: options.MaxLength = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="One of `lorafit methods`. Default: lora.", rich_help_panel=options.METHOD),
-    ] = None,
+    method: options.MethodName = None,
     r: Annotated[
         int | None, typer.Option("--r", help="Rank. Default: the method's, 16.", rich_help_panel=options.METHOD)
     ] = None,
@@ -74,20 +71,12 @@ def train(
             "--learning-rate", help="Default: from the model's width, announced.", rich_help_panel=options.TRAINING
         ),
     ] = None,
-    max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", help="Optimizer steps; wins over epochs.", rich_help_panel=options.TRAINING),
-    ] = None,
+    max_steps: options.MaxSteps = None,
     num_train_epochs: Annotated[
         float | None,
         typer.Option("--num-train-epochs", help="Default: 1.", rich_help_panel=options.TRAINING),
     ] = None,
-    per_device_train_batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--per-device-train-batch-size", help="Records in a batch. Default: 8.", rich_help_panel=options.TRAINING
-        ),
-    ] = None,
+    per_device_train_batch_size: options.BatchSize = None,
     gradient_accumulation_steps: Annotated[
         int | None,
         typer.Option(

@@ -63,6 +63,17 @@ DEFAULT_TRAINING: Mapping[str, Any] = {
 """What differs from the defaults of `TrainingArguments`."""
 
 
+UNRECORDED: Mapping[str, Any] = {
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": "none",
+    "push_to_hub": False,
+}
+"""Training arguments of steps that are taken to learn something of a run: nothing is evaluated, and nothing kept."""
+
+
 class Settings(BaseModel):
     """Everything that a run depends on.
 
@@ -324,11 +335,14 @@ def _coerced(name: str, value: Any, kind: Any, origin: str) -> Any:
 def _schema_error(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> ConfigError:
     first = error.errors()[0]
     name = str(first["loc"][0])
+    # A setting of several types has an error for each: all of them together say what it may be.
+    same = [one for one in error.errors() if one["loc"][0] == name and one["input"] == first["input"]]
+    place = first["loc"] if len(same) == 1 else first["loc"][:1]
     origin = merged[name][1] if name in merged else "the settings"
     return ConfigError(
         "a setting has a value it cannot have",
-        where=f"{origin}: {'.'.join(map(str, first['loc']))}",
+        where=f"{origin}: {'.'.join(map(str, place))}",
         found=repr(first["input"]),
-        expected=first["msg"],
+        expected="; or: ".join(one["msg"] for one in same),
         fix=f"mend {name}",
     )

@@ -29,7 +29,7 @@ from lorafit.importance import importance
 from lorafit.method import Around, Method
 from lorafit.methods.lora_drop import LoRADrop
 from lorafit.training.callbacks import Bar, Timing
-from lorafit.training.config import Settings
+from lorafit.training.config import UNRECORDED, Settings
 from lorafit.training.folder import FREE, FREE_TRAINING, RunFolder
 from lorafit.training.objectives import NextToken
 from lorafit.training.prepare import Task, training_arguments
@@ -42,14 +42,9 @@ DROP = "drop.json"
 """Name of the file with the choice, in the run's folder."""
 
 TRIAL: Mapping[str, Any] = {
+    **UNRECORDED,
     "num_train_epochs": 1.0,
     "max_steps": -1,
-    "eval_strategy": "no",
-    "eval_on_start": False,
-    "save_strategy": "no",
-    "load_best_model_at_end": False,
-    "report_to": "none",
-    "push_to_hub": False,
     "warmup_steps": 0,
     "warmup_ratio": None,
 }

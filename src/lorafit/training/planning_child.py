@@ -18,7 +18,7 @@ from typing import Any, final
 
 from lorafit.errors import TrainingError
 from lorafit.training.callbacks import terminated
-from lorafit.training.config import Settings
+from lorafit.training.config import UNRECORDED, Settings
 
 STEPS = 3
 """Optimizer steps: the longest batch, and two others, of which the second is timed with everything warmed up."""
@@ -28,15 +28,10 @@ ENDED = "the system ended it for want of memory"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 """What torch and Python say in that case, where the system leaves it to them."""
 SHORT: dict[str, Any] = {
+    **UNRECORDED,
     "max_steps": STEPS,
     "gradient_accumulation_steps": 1,
     "logging_steps": 1,
-    "eval_strategy": "no",
-    "eval_on_start": False,
-    "save_strategy": "no",
-    "load_best_model_at_end": False,
-    "report_to": "none",
-    "push_to_hub": False,
     "warmup_steps": 0,
 }
 """What differs from the run's training arguments; its batches are the same, as they depend on data and seed alone."""
