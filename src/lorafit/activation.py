@@ -68,3 +68,21 @@ def check_unscaled(modules: Iterable[tuple[str, nn.Module]], names: Sequence[str
                     expected="the base's weight",
                     fix=f"unmerge {bank.merged[0]!r} first",
                 )
+
+
+def check_in_place(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], name: str, doing: str) -> None:
+    """Raises `StateError` for a layer that was replaced after attach, as `resize_token_embeddings` does."""
+    for path, module in modules:
+        try:
+            now: nn.Module | None = model.get_submodule(path)
+        except AttributeError:
+            now = None
+        bank = bank_of(module)
+        if now is not module or bank is None or name not in bank:
+            raise StateError(
+                f"a layer was replaced after the adapter was attached; cannot {doing}",
+                where=path,
+                found="another module, without the adapter" if bank is not None else "no adapter",
+                expected="the module that was adapted",
+                fix="resize, convert or replace layers first, then attach",
+            )

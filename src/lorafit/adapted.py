@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeAlias
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from lorafit.errors import StateError, some
 from lorafit.kernels.precision import autocasts
+from lorafit.kernels.siblings import Member
 from lorafit.layers import Acting, Site, TensorSite, site_class, site_of
 from lorafit.method import Adapter
+from lorafit.together import Group
 
 BANK = "adapters"
 """The name under which a module holds its adapters, so that keys read "<path>.adapters.<name>.A"."""
@@ -31,7 +33,7 @@ class Bank(nn.ModuleDict):
     """The adapters of one module by name, and which of them act.
 
     `acting` names the active adapters that are not merged into the weight; a tuple, so that a compiled model has one
-    graph for each set of acting adapters.
+    graph for each set of acting adapters. `together` is the group of layers that this one is computed with.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class Bank(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.acting: tuple[str, ...] = ()
+        self.together: Group | None = None
 
     def set(self, *, active: tuple[str, ...] | None = None, merged: tuple[str, ...] | None = None) -> None:
         """Changes what is active or merged; names that this bank does not hold are left out."""
@@ -110,10 +113,28 @@ def _adapted(base: ModuleClass, kind: type[Site], make: Generator) -> ModuleClas
         if not bank.acting:
             result: Tensor = base.forward(self, input)
             return result
+        if bank.together is not None:
+            shared: Tensor | None = bank.together.output(self, input, _member)
+            if shared is not None:
+                return shared
         site = kind(self)
         return site.forward(input, base.forward, bank.updates(site))
 
-    return _generate("Adapted", base, forward, make)
+    made = _generate("Adapted", base, forward, make)
+    made._lorafit_site = kind  # type: ignore[attr-defined]
+    return made
+
+
+def _member(module: nn.Module, x: Tensor) -> Member | None:
+    """What an adapted layer would compute for x by itself, if its weight is here and nothing is done around it."""
+    bank = module._modules.get(BANK)
+    if not isinstance(bank, Bank) or not bank.acting:
+        return None
+    if module._forward_pre_hooks or "forward" in vars(module):  # offloading puts weights in place only then
+        return None
+    site = type(module)._lorafit_site(module)  # type: ignore[attr-defined]
+    found: Member | None = site.member(x, bank.updates(site))
+    return found
 
 
 @cache
@@ -222,6 +243,17 @@ def rescales(module: nn.Module, name: str) -> bool:
         return False
     with torch.inference_mode(False), torch.no_grad():
         return adapter.update(site_of(module).weight).gain is not None
+
+
+def group(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[str]]) -> None:
+    """Has the adapted modules of each group, by their paths, computed as one, and all others by themselves."""
+    found = {}
+    for paths in groups:
+        found.update(dict.fromkeys(paths, Group([modules[path] for path in paths])))
+    for path, module in modules.items():
+        bank = bank_of(module)
+        assert bank is not None
+        bank.together = found.get(path)
 
 
 def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> None:

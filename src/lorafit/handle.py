@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorafit import activation, merging, store
-from lorafit.adapted import bank_of, banks, check_removable, uninstall, walk
-from lorafit.errors import MergeError, StateError, nearest, some
+from lorafit import activation, adapted, merging, store, together
+from lorafit.adapted import bank_of, check_removable, uninstall, walk
+from lorafit.errors import StateError, nearest, some
 from lorafit.hooks import Binding, StepHooks, check_gradients, check_held, check_unused, quick, with_copies
 from lorafit.layers import Shape, Site, Sites, sparse
 from lorafit.ledger import LEDGER, Ledger
@@ -191,6 +191,27 @@ class Handle:
                 self._mark(merged=True)
             self.activate(before)
 
+    def fuse(self, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
+        """Has layers that read the same input, as q, k and v do, computed as one operation from now on.
+
+        The results are the same up to the rounding of sums. A layer whose input is not that of its group computes by
+        itself, as do layers with pre-hooks and compiled ones. See `lorafit.kernels.siblings` for what is saved.
+
+        Args:
+            *args: a batch, as the model takes it: one forward pass shows which layers read what.
+            **kwargs: the same.
+
+        Returns:
+            The paths of each group that was found.
+
+        Raises:
+            StateError: a layer was replaced, or no layer of the adapter was called.
+        """
+        self.check_sites("fuse")
+        groups = together.find(self.model, self._sites, partial(self.model, *args, **kwargs))
+        adapted.group({path: site.module for path, site in self._sites.items()}, groups)
+        return groups
+
     # Training
 
     def param_groups(self, lr: float, *, copies_lr: float | None = None) -> list[dict[str, Any]]:
@@ -288,20 +309,7 @@ class Handle:
 
     def check_sites(self, doing: str) -> None:
         """Raises `StateError` for a layer that was replaced after attach, as `resize_token_embeddings` does."""
-        for path, module in self._modules():
-            try:
-                now: nn.Module | None = self.model.get_submodule(path)
-            except AttributeError:
-                now = None
-            bank = bank_of(module)
-            if now is not module or bank is None or self.name not in bank:
-                raise StateError(
-                    f"a layer was replaced after the adapter was attached; cannot {doing}",
-                    where=path,
-                    found="another module, without the adapter" if bank is not None else "no adapter",
-                    expected="the module that was adapted",
-                    fix="resize, convert or replace layers first, then attach",
-                )
+        activation.check_in_place(self.model, self._modules(), self.name, doing)
 
     # Merging
 
@@ -351,13 +359,7 @@ class Handle:
 
     def _fold(self, *, untie: bool, keep: bool) -> None:
         self.check_sites("merge")
-        for bank in banks(self.model):
-            if bank.merged:
-                raise MergeError(
-                    f"adapter {bank.merged[0]!r} is merged already",
-                    expected="unmerged weights",
-                    fix="unmerge it first, or use merge_and_detach() for the first of two",
-                )
+        merging.check_unmerged(self.model)
         merging.check_alone(self._sites, self.name, keep=keep)
         self._folded = merging.fold(self.model, self._sites, self._saved, self.name, untie=untie, keep=keep)
         self._mark(merged=True)

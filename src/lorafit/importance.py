@@ -7,8 +7,8 @@ arXiv:2402.07721). ΔW is W' − W, with the scale and the gain that the adapter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lorafit.handle import Handle
 from lorafit.layers import Acting, Site, apply
 from lorafit.method import Adapter, Batch, check_batches
 from lorafit.methods.evidence import moved
+from lorafit.rest import at_rest
 
 MASK = "attention_mask"
 
@@ -66,7 +67,7 @@ def importance(
     model = handle.model
     meter = _Meter(handle)
     count = left = 0
-    with _at_rest(model), meter:
+    with at_rest(model), meter:
         for batch in batches:
             count += 1
             ready = moved(batch, next(model.parameters()).device)
@@ -189,16 +190,3 @@ def _call(model: nn.Module, batch: Batch) -> object:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

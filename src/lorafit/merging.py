@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapted import bank_of, rescales
+from lorafit.adapted import bank_of, banks, rescales
 from lorafit.errors import LorafitWarning, MergeError, some
 from lorafit.finite import all_finite
 from lorafit.layers import Site
@@ -54,6 +54,17 @@ def change(site: Site, adapter: Adapter) -> Tensor:
     """W' − W of one site in its weight's own shape, in at least single precision."""
     with torch.no_grad():
         return site.unfold(adapter.update(site.weight).change(site.weight()))
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raises `MergeError` if an adapter is merged already."""
+    for bank in banks(model):
+        if bank.merged:
+            raise MergeError(
+                f"adapter {bank.merged[0]!r} is merged already",
+                expected="unmerged weights",
+                fix="unmerge it first, or use merge_and_detach() for the first of two",
+            )
 
 
 def check_alone(sites: Mapping[str, Site], name: str, *, keep: bool) -> None:

@@ -29,14 +29,15 @@ def wanted(x: Tensor, fallback: torch.dtype) -> torch.dtype:
     return fallback
 
 
-def as_forward(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+def as_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass in the precision of its forward pass, whatever autocast is around `loss.backward()`."""
 
     @wraps(backward)
-    def plain(ctx: Any, grad: Tensor) -> Any:
-        if autocasts(grad.device.type):
-            with torch.autocast(grad.device.type, enabled=False):
-                return backward(ctx, grad)
-        return backward(ctx, grad)
+    def plain(ctx: Any, *grads: Tensor | None) -> Any:
+        kind = next(grad.device.type for grad in grads if grad is not None)
+        if autocasts(kind):
+            with torch.autocast(kind, enabled=False):
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
 
     return plain

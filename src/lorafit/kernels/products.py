@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lorafit.kernels.scratch import recorded, turned
+from lorafit.kernels.scratch import recorded
 
 
 class _Known(NamedTuple):
@@ -41,7 +41,7 @@ def shared_product(x: Tensor, rows: Tensor, down: Tensor, user: Tensor) -> Tenso
     has not had it yet: nobody may write to it.
     """
     if recorded() or torch.is_inference_mode_enabled() or x.is_inference() or down.is_inference():
-        return rows @ turned(down.to(rows.dtype))
+        return rows @ down.to(rows.dtype).t()
     # The memory itself and not its address: another adapter's matrix may come to lie where this one was.
     memory = StorageWeakRef(down.untyped_storage())  # type: ignore[no-untyped-call]
     stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
@@ -51,7 +51,7 @@ def shared_product(x: Tensor, rows: Tensor, down: Tensor, user: Tensor) -> Tenso
     if last is not None and last.x() is x and last.state == state and own not in last.users:
         last.users.add(own)
         return last.product
-    product = rows @ turned(down.to(rows.dtype))
+    product = rows @ down.to(rows.dtype).t()
     _LAST.known = _Known(weakref.ref(x, _forget), state, product, {own})
     return product
 

@@ -60,11 +60,6 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
     return buffer[:size].view(shape)
 
 
-def turned(matrix: Tensor) -> Tensor:
-    """The transpose of a thin matrix, in memory of its own on a CPU: products with it are up to twice as fast."""
-    return matrix.t().contiguous() if matrix.device.type == "cpu" else matrix.t()
-
-
 def pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Runs of rows that are best worked on together; one run of all where nothing is gained by less."""
     step = max(LEAST, PIECE[device.type] // max(1, width)) if reusable(device) else max(1, rows)

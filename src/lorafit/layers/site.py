@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.delta import Dense, LowRank, Update
+from lorafit.kernels.siblings import Member
 
 BaseForward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -120,6 +121,10 @@ class Site(ABC):
 
     def objection(self) -> tuple[str, str] | None:
         """Why this layer cannot be adapted, and what mends it; None when it can."""
+        return None
+
+    def member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
+        """What the layer would compute for x, as one of several that read it; None where it has to do it alone."""
         return None
 
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorafit.delta import Dense, LowRank
 from lorafit.kernels.dense import dense_linear, summable
 from lorafit.kernels.frozen import Frozen, Plain
-from lorafit.kernels.linear import linear
+from lorafit.kernels.siblings import Member
 from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply
 
 
@@ -38,17 +38,28 @@ class VectorSite(Site):
         assert isinstance(weight, Tensor)
         return weight.requires_grad
 
-    def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
+    def _fused(self, acting: Sequence[Acting]) -> bool:
         bias = self.bias()
-        if len(acting) != 1 or self._trained() or (bias is not None and bias.requires_grad):
-            return apply(self, x, base(self.module, x), acting)
+        return len(acting) == 1 and not self._trained() and (bias is None or not bias.requires_grad)
+
+    def member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
+        if not self._fused(acting):
+            return None
         update, dropout = acting[0]
-        delta, frozen = update.delta, self.frozen(x)
-        if isinstance(delta, LowRank):
-            up = delta.upward()
-            return linear(x, frozen, bias, delta.down, up, delta.scale, gain=update.gain, dropout=dropout)
-        if isinstance(delta, Dense) and not dropout and update.gain is None and summable(x, frozen, delta.matrix):
-            return dense_linear(x, frozen, bias, delta.matrix)
+        delta = update.delta
+        if not isinstance(delta, LowRank):
+            return None
+        return Member(self.frozen(x), self.bias(), delta.down, delta.upward(), delta.scale, update.gain, dropout)
+
+    def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
+        member = self.member(x, acting)
+        if member is not None:
+            return member.alone(x)
+        if self._fused(acting):
+            (update, dropout), bias, frozen = acting[0], self.bias(), self.frozen(x)
+            delta = update.delta
+            if isinstance(delta, Dense) and not dropout and update.gain is None and summable(x, frozen, delta.matrix):
+                return dense_linear(x, frozen, bias, delta.matrix)
         return apply(self, x, base(self.module, x), acting)
 
 

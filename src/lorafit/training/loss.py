@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.errors import DataError, TrainingError
+from lorafit.rest import at_rest
 from lorafit.training.batches import TOKENS
 from lorafit.training.crossentropy import FrozenMatrix, Head, needs_autograd, summed_cross_entropy
 
@@ -372,16 +372,3 @@ def _agree(ours: Tensor, expected: Tensor, module: nn.Module) -> bool:
 def is_half(module: nn.Module) -> bool:
     """Whether some of its parameters have 16 bits, so that results agree to two or three digits only."""
     return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters())
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lorafit.errors import ConfigError
+from lorafit.rest import at_rest
 from lorafit.training.batches import Collator, LengthBucketSampler
-from lorafit.training.loss import FullLogits, SupervisedLoss, at_rest, is_half
+from lorafit.training.loss import FullLogits, SupervisedLoss, is_half
 from lorafit.training.packing import Layout, Limits, Masked, PackingCollator, Restarted, best_layout
 from lorafit.training.sequences import IGNORED, Encoded
 
