@@ -40,6 +40,7 @@ class Variant:
         fused: AdamW's fused kernel, or what the optimizer does by default.
         learnt: None for the model's own loss over all tokens; a share for lorafit's training loss with so many of
             the tokens learnt.
+        together: layers that read the same input are computed as one (`Handle.fuse`), as `lorafit train` has them.
     """
 
     side: str
@@ -49,6 +50,7 @@ class Variant:
     sites: str = "all"
     fused: bool = True
     learnt: float | None = None
+    together: bool = True
 
     @property
     def targets(self) -> str | list[str]:
@@ -160,6 +162,9 @@ def _ours(variant: Variant, model: nn.Module, seed: int) -> Trainee:
     loss = own_loss(model) if variant.learnt is None else train_loss(model, variant.learnt)
     method = _our_methods()[variant.method](variant)
     handle = lf.attach(model, method, targets=variant.targets, seed=seed)
+    if variant.together:
+        ids = torch.zeros(1, 8, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        handle.fuse(input_ids=ids)
     return Trainee(model, loss, handle.optimizer(torch.optim.AdamW, lr=RATE, **_fused(variant)))
 
 
@@ -265,6 +270,7 @@ def _table() -> dict[str, Variant]:
         found[name] = ours
         found[PEFT + name] = Variant("peft", ours.method, r=ours.r, dropout=ours.dropout, fused=ours.fused)
     found |= {
+        "lora, each layer by itself": Variant("ours", "lora", together=False),
         "lora-plus": Variant("ours", "lora-plus"),
         "delta-lora waiting": Variant("ours", "delta-lora waiting"),
         "delta-lora": Variant("ours", "delta-lora"),

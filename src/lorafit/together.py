@@ -30,11 +30,12 @@ MISSES = 3
 
 @dataclass
 class _Waiting:
-    """Outputs that layers will come for, by their places, and what they were computed for."""
+    """Outputs that layers will come for, by their places; what they were computed for; whether for all of the group."""
 
     x: weakref.ref[Tensor]
     state: tuple[object, ...]
     outputs: dict[int, Tensor]
+    whole: bool
 
 
 class _Own(threading.local):
@@ -74,7 +75,7 @@ class Group:
         waiting = own.waiting
         if waiting is not None and waiting.x() is x and waiting.state == state and place in waiting.outputs:
             if len(waiting.outputs) == 1:
-                own.waiting, own.misses = None, 0
+                own.waiting, own.misses = None, 0 if waiting.whole else own.misses
             return waiting.outputs.pop(place)
         if waiting is not None:
             self._missed()
@@ -90,7 +91,7 @@ class Group:
             return None
         made = dict(zip(members, outputs, strict=True))
         result = made.pop(place)
-        self._own.waiting = _Waiting(weakref.ref(x), state, made)
+        self._own.waiting = _Waiting(weakref.ref(x), state, made, whole=place == 0)
         return result
 
     def _missed(self) -> None:
@@ -141,7 +142,7 @@ def find(model: nn.Module, sites: Mapping[str, Site], run: Callable[[], object])
     finally:
         for each in handles:
             each.remove()
-    if not calls:
+    if sites and not calls:
         raise StateError(
             "no layer of the adapter was called",
             expected="a batch that reaches the adapted layers",

@@ -19,15 +19,12 @@ from lorafit.method import Method
 SOURCE = Path(lf.__file__).parent
 TIERS = (
     ("errors",),
-    ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite"),
+    ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite", "rest"),
     ("kernels.scratch", "kernels.precision", "kernels.frozen", "kernels.geometry", "targets", "rownorm"),
     ("kernels.masks", "kernels.products", "kernels.pointwise"),
-    (
-        "kernels.linear",
-        "kernels.convolution",
-        "kernels.lookup",
-        "kernels.dense",
-    ),
+    ("kernels.parts",),
+    ("kernels.linear", "kernels.convolution", "kernels.lookup", "kernels.dense"),
+    ("kernels.siblings",),
     ("kernels",),
     ("layers.site",),
     ("quant.rows", "quant.linear", "quant.reading"),
@@ -50,6 +47,7 @@ TIERS = (
     ("methods.lora_plus",),
     ("methods",),
     ("methods.table",),
+    ("together",),
     ("adapted",),
     ("shared", "ledger", "hooks", "activation"),
     ("plan", "merging", "peft_layout"),

@@ -192,7 +192,7 @@ def test_what_follows_may_change_the_output_in_place(shape, extras, order):
 def test_dropout_acts_on_the_low_rank_path_alone(monkeypatch):
     parts = factors(extras=("gain", "mid"))
     mask = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.uint8)
-    monkeypatch.setattr(kernel, "keep_mask", lambda rows, dropout: mask)
+    monkeypatch.setattr("lorafit.kernels.parts.keep_mask", lambda rows, dropout: mask)
     x = torch.randn(2, 6, dtype=torch.float64)
 
     def by_hand(x: Tensor, parts: dict[str, Any]) -> Tensor:
@@ -509,7 +509,7 @@ def test_nothing_is_kept_without_gradients():
 def test_the_fused_path_is_taken_only_where_it_is_right(monkeypatch):
     calls = []
     own = kernel.linear
-    monkeypatch.setattr("lorafit.layers.vector.linear", lambda *args, **more: calls.append(1) or own(*args, **more))
+    monkeypatch.setattr("lorafit.kernels.siblings.linear", lambda *args, **more: calls.append(1) or own(*args, **more))
     x = torch.randn(2, 6)
 
     def count(change: Callable[[nn.Linear, lf.Handle], object], **options: Any) -> int:

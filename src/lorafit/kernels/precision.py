@@ -34,8 +34,8 @@ def as_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def plain(ctx: Any, *grads: Tensor | None) -> Any:
-        kind = next(grad.device.type for grad in grads if grad is not None)
-        if autocasts(kind):
+        kind = next((grad.device.type for grad in grads if grad is not None), None)
+        if kind is not None and autocasts(kind):
             with torch.autocast(kind, enabled=False):
                 return backward(ctx, *grads)
         return backward(ctx, *grads)

@@ -378,7 +378,7 @@ class _Backward:
         """Writes s dy B into its columns, on top of that of another member with the same A."""
         assert self.dh is not None
         into = self.dh[:, columns]
-        into.addmm_(dy, b, beta=1 if columns.start in self.written else 0, alpha=scale)
+        torch.addmm(into, dy, b, beta=1 if columns.start in self.written else 0, alpha=scale, out=into)
         self.written.add(columns.start)
 
     def _with_downs(self, own: list[_Own], grads: Sequence[Tensor | None]) -> list[_Own]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
@@ -39,6 +40,9 @@ Notify = Callable[[str], object]
 
 SAMPLE_BATCHES = 8
 """How many batches an initialiser that looks at data is shown."""
+
+PROBE = 8
+"""Tokens that show which layers read the same input."""
 
 COST_OF_A_STEP = 3.0
 """A training step in forward passes of its tokens: the gradient of the input costs one more, adapters the rest, and
@@ -201,7 +205,7 @@ class _Run:
     def _attach(self, task: Task, method: Method) -> Handle:
         settings = self.settings
         head = [path for path in task.head if path not in settings.modules_to_save]
-        return attach(
+        handle = attach(
             task.model,
             method,
             settings.targets,
@@ -212,6 +216,8 @@ class _Run:
             seed=settings.seed,
             sample=None if method.evidence() is None else self._sample(task),
         )
+        fuse(task, handle)
+        return handle
 
     def _sites(self, task: Task) -> dict[str, Shape]:
         """Path → shape of the layers that `_attach` will adapt."""
@@ -393,6 +399,12 @@ class _Run:
             peak_rss_bytes=done["peak_rss_bytes"],
             shown=tuple(Shown(**one) for one in done["shown"]),
         )
+
+
+def fuse(task: Task, handle: Handle) -> None:
+    """Has layers that read the same input computed as one: the start of the first record shows which."""
+    start = task.data.train[0].input_ids[:PROBE]
+    handle.fuse(input_ids=torch.tensor([start], device=task.model.get_input_embeddings().weight.device))
 
 
 def _duration(seconds: float) -> str:
