@@ -24,13 +24,11 @@ IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(4))
 METHODS = {
     "lora": lambda: lf.LoRA(r=4),
     "rslora": lambda: lf.LoRA(r=4, rslora=True, init="gaussian"),
-    "dropout": lambda: lf.LoRA(r=4, dropout=0.3),
     "lora-plus": lambda: lf.LoRAPlus(r=4),
     "lora-fa": lambda: lf.LoRAFA(r=4),
     "vera": lambda: lf.VeRA(r=8),
     "adalora": lambda: lf.AdaLoRA(init_r=4, target_r=2, total_steps=20, warmup=1, final=2, interval=1),
     "dora": lambda: lf.DoRA(lf.LoRA(r=4)),
-    "dora-dropout": lambda: lf.DoRA(lf.LoRA(r=4, dropout=0.3)),
     "delta-lora": lambda: lf.DeltaLoRA(r=4, start=2),
     "pissa": lambda: lf.LoRA(r=4, init="pissa"),
     "intrinsic": lambda: lf.IntrinsicDimension(d=20),

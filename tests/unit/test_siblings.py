@@ -87,18 +87,22 @@ def test_they_are_what_each_is_alone(dtype, shape, kind, order):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_draws_the_masks_that_each_would_draw(kind):
+def test_dropout_drops_x_once_for_all(kind, monkeypatch):
+    draw = torch.Generator().manual_seed(2)
+    mask = torch.randint(0, 2, (40, INN), generator=draw, dtype=torch.uint8)
+    drawn: list[float] = []
+    for module in ("siblings", "parts"):
+        monkeypatch.setattr(f"lorafit.kernels.{module}.keep_mask", lambda rows, p: drawn.append(p) or mask)
     layers, x = members(torch.float64, kind, dropout=0.4), torch.randn(40, INN, dtype=torch.float64).requires_grad_()
-    for mine, alone in zip(results(x, layers, together=True), results(x, layers, together=False), strict=True):
-        torch.testing.assert_close(mine, alone)
+    mine = results(x, layers, together=True)
+    assert drawn == [0.4]
+    for found, alone in zip(mine, results(x, layers, together=False), strict=True):
+        torch.testing.assert_close(found, alone)
 
 
-def test_members_with_and_without_dropout():
-    first, second, third = members(torch.float64, "gain")
-    layers = [first, second._replace(dropout=0.3), third]
-    x = torch.randn(40, INN, dtype=torch.float64).requires_grad_()
-    for mine, alone in zip(results(x, layers, together=True), results(x, layers, together=False), strict=True):
-        torch.testing.assert_close(mine, alone)
+def test_layers_with_different_dropout_are_not_computed_together():
+    first, *rest = members(torch.float64)
+    assert siblings(torch.randn(4, INN, dtype=torch.float64), [first._replace(dropout=0.3), *rest]) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,10 +228,11 @@ def test_the_order_is_that_of_the_least_work():
     def chosen(tokens: int, r: int, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> str:
         outs = (576, 192, 192)
         layers = [
-            Member(Plain(torch.empty(o, 576, dtype=dtype)), None, torch.empty(r, 576), torch.empty(o, r), 1, None, 0.0)
+            Member(
+                Plain(torch.empty(o, 576, dtype=dtype)), None, torch.empty(r, 576), torch.empty(o, r), 1, None, dropout
+            )
             for o in outs
         ]
-        layers[1] = layers[1]._replace(dropout=dropout)
         columns = [slice(start, start + r) for start in range(0, 3 * r, r)]
         picked = kernel.order(columns, layers, tokens, dtype)
         return next(name for name, order in ORDERS.items() if order == picked)

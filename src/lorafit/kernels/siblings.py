@@ -3,6 +3,9 @@
 What each computes is that of `lorafit.kernels.linear`. Together they read x once for all H = x [A₁; A₂; …]ᵀ and once
 for all dA, and sum dx where it lies, for which autograd would add up the layers' own in as many passes:
 dx = Σ dyᵢ Wᵢ + [dH₁ dH₂ …] [A₁; A₂; …]. A frozen A that all share (VeRA's) is multiplied once.
+
+With dropout one mask is drawn for all of them: x is dropped once, as in the layers for merged q, k and v of
+Microsoft's loralib (`loralib.MergedLinear`). Each layer's update sees what it would see alone.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from lorafit.kernels.parts import (
     as_rows,
     formed,
     gain_gradient,
-    product,
     rows_times,
     scaled,
     through,
@@ -33,11 +35,6 @@ from lorafit.kernels.parts import (
 )
 from lorafit.kernels.precision import as_forward, own_precision, wanted
 from lorafit.kernels.scratch import shaped
-
-OWN = 4
-"""Tensors of a member before those of its frozen weight: A, B, g, b."""
-KEPT = 8
-"""Those that are kept for the backward pass: the same, H, mask, y before g and W + s B A."""
 
 
 class Member(NamedTuple):
@@ -60,60 +57,70 @@ class _Fixed(NamedTuple):
     """What of the members is no tensor.
 
     Attributes:
-        frozen, scales, dropouts: theirs; s divided by 1 - p.
+        frozen, scales: theirs; s divided by 1 - p.
         counts: how many tensors each frozen weight is.
-        columns: which columns of H are whose; None for those with dropout.
+        columns: which columns of [H₁ H₂ …] are whose.
+        dropout: p.
         dtype: of the operation.
         kept, merged: the order, as `lorafit.kernels.linear.order` gives it for one layer.
     """
 
     frozen: tuple[Frozen, ...]
     scales: tuple[float, ...]
-    dropouts: tuple[float, ...]
     counts: tuple[int, ...]
-    columns: tuple[slice | None, ...]
+    columns: tuple[slice, ...]
+    dropout: float
     dtype: torch.dtype
     kept: bool
     merged: bool
 
 
 class _Tensors(NamedTuple):
-    """One member's."""
+    """One member's: those that it came with, and those that its forward pass made.
+
+    Attributes:
+        whole: y before its gain, for the gradient of g.
+        merged: W + s B A, if that is kept for the backward pass.
+    """
 
     down: Tensor
     up: Tensor
     gain: Tensor | None
     bias: Tensor | None
+    whole: Tensor | None
+    merged: Tensor | None
     stored: tuple[Tensor, ...]
 
 
+GIVEN, KEPT = 4, 6
+"""Tensors of a member before those of its frozen weight: as they come, and as they are kept."""
+
+
 def siblings(x: Tensor, members: Sequence[Member]) -> list[Tensor] | None:
-    """The outputs of layers that read the same x; None where they are better computed one by one.
+    """The outputs of layers that read the same x; None for layers that differ in type or dropout.
 
     Args:
         x: (..., in).
         members: at least two layers.
 
     Returns:
-        For each member what `Member.alone` gives, up to the rounding of sums.
+        For each member what `Member.alone` gives, up to the rounding of sums; with dropout, for the same mask.
     """
-    kinds = {(wanted(x, one.frozen.dtype), one.frozen.dtype) for one in members}
-    if len(kinds) > 1:
+    first = members[0]
+    dtype, own = wanted(x, first.frozen.dtype), first.frozen.dtype
+    if any(one.frozen.dtype != own or one.dropout != first.dropout for one in members):
         return None
-    ((dtype, own),) = kinds
     if dtype != own:
         with own_precision(x.device):
             return _apply(x, members, dtype)
     return _apply(x, members, dtype)
 
 
-def order(
-    columns: Sequence[slice | None], members: Sequence[Member], tokens: int, dtype: torch.dtype
-) -> tuple[bool, bool]:
+def order(columns: Sequence[slice], members: Sequence[Member], tokens: int, dtype: torch.dtype) -> tuple[bool, bool]:
     """(kept, merged) for all members: as for one layer, but for x, which all read together.
 
     Args:
-        columns: which of H are whose.
+        columns: which of [H₁ H₂ …] are whose.
         members: the layers.
         tokens: rows of x.
         dtype: of the operation.
@@ -122,8 +129,8 @@ def order(
         return False, False
     widths, inn = [one.down.shape[0] for one in members], members[0].frozen.shape[1]
     outs = [one.frozen.shape[0] for one in members]
-    wide = max(each.stop for each in columns if each is not None)
-    adding = tokens * (inn * (wide + ADDING) + sum(out * (r + ADDING) for out, r in zip(outs, widths, strict=True)))
+    reading = inn * (max(each.stop for each in columns) + ADDING)
+    adding = tokens * (reading + sum(out * (r + ADDING) for out, r in zip(outs, widths, strict=True)))
     forming = sum(inn * out * (r + FORMING) for out, r in zip(outs, widths, strict=True))
     kept = min(widths) > KEEP * tokens and inn <= tokens
     return kept, adding > (1 if kept else 2) * forming
@@ -133,34 +140,30 @@ def _apply(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> list[Ten
     flat: list[Tensor | None] = []
     for one in members:
         flat += (one.down, one.up, one.gain, one.bias, *one.frozen.tensors)
-    columns, tokens = _columns(members), x.numel() // max(1, x.shape[-1])
+    columns, dropout = _columns(members), members[0].dropout
     fixed = _Fixed(
         tuple(one.frozen for one in members),
-        tuple(one.scale / (1 - one.dropout) for one in members),
-        tuple(one.dropout for one in members),
+        tuple(one.scale / (1 - dropout) for one in members),
         tuple(len(one.frozen.tensors) for one in members),
         columns,
+        dropout,
         dtype,
-        *order(columns, members, tokens, dtype),
+        *order(columns, members, x.numel() // max(1, x.shape[-1]), dtype),
     )
-    trained = any(each is not None and each.requires_grad for each in (x, *flat))
-    if trained and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *flat)):
         outputs: tuple[Tensor, ...] = _Siblings.apply(x, fixed, *flat)  # type: ignore[no-untyped-call]
         return list(outputs)
-    return [shaped(x, each.y) for each in _forward(x, fixed, _split(fixed, flat), early=False)[1]]
+    return [shaped(x, y) for y in _forward(x, fixed, _given(fixed, flat), early=False).outputs]
 
 
-def _columns(members: Sequence[Member]) -> tuple[slice | None, ...]:
+def _columns(members: Sequence[Member]) -> tuple[slice, ...]:
     """Where in [H₁ H₂ …] the columns of each are; a frozen A that is the same memory has one place."""
     places: dict[object, slice] = {}
-    found: list[slice | None] = []
+    found: list[slice] = []
     end = 0
     for index, one in enumerate(members):
         down = one.down
         key: object = index if down.requires_grad else (down.data_ptr(), down.shape, down.stride(), down.dtype)
-        if one.dropout:
-            found.append(None)
-            continue
         if key not in places:
             places[key] = slice(end, end + down.shape[0])
             end += down.shape[0]
@@ -168,71 +171,56 @@ def _columns(members: Sequence[Member]) -> tuple[slice | None, ...]:
     return tuple(found)
 
 
-def _split(fixed: _Fixed, flat: Sequence[Tensor | None]) -> list[_Tensors]:
+def _given(fixed: _Fixed, flat: Sequence[Any]) -> list[_Tensors]:
     result, start = [], 0
     for count in fixed.counts:
-        down, up, gain, bias = flat[start : start + OWN]
-        stored = flat[start + OWN : start + OWN + count]
-        assert down is not None and up is not None
-        result.append(_Tensors(down, up, gain, bias, tuple(each for each in stored if each is not None)))
-        start += OWN + count
+        end = start + GIVEN
+        result.append(_Tensors._make([*flat[start:end], None, None, tuple(flat[end : end + count])]))
+        start = end + count
     return result
 
 
-def _stacked(fixed: _Fixed, downs: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """[A₁; A₂; …] of the members without dropout."""
+def _stacked(fixed: _Fixed, tensors: Sequence[_Tensors]) -> Tensor:
+    """[A₁; A₂; …]."""
     parts, end = [], 0
-    for columns, down in zip(fixed.columns, downs, strict=True):
-        if columns is not None and columns.start == end:
-            parts.append(down.to(dtype))
+    for columns, one in zip(fixed.columns, tensors, strict=True):
+        if columns.start == end:
+            parts.append(one.down.to(fixed.dtype))
             end = columns.stop
-    if not parts:
-        return None
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Made(NamedTuple):
-    """What one member's forward pass made.
+    """What a forward pass made: y of each, and before its gain; [H₁ H₂ …]; the mask; W + s B A where it is kept."""
 
-    Attributes:
-        y: its output.
-        h, mask: H and mask of its own if it has dropout.
-        whole: y before its gain, if it has one.
-        merged: W + s B A, if that is kept.
-    """
-
-    y: Tensor
-    h: Tensor | None
+    outputs: list[Tensor]
+    wholes: list[Tensor]
+    together: Tensor | None
     mask: Tensor | None
-    whole: Tensor | None
-    merged: Tensor | None
+    merged: list[Tensor | None]
 
 
-def _forward(
-    x: Tensor, fixed: _Fixed, tensors: Sequence[_Tensors], *, early: bool
-) -> tuple[Tensor | None, list[_Made]]:
-    """([H₁ H₂ …], what each made); `early`: H is wanted in the merged order too."""
+def _forward(x: Tensor, fixed: _Fixed, tensors: Sequence[_Tensors], *, early: bool) -> _Made:
+    """One forward pass; `early`: H is wanted in the merged order too."""
     rows, dtype = as_rows(x, fixed.dtype), fixed.dtype
-    stacked = _stacked(fixed, [one.down for one in tensors], dtype) if early or not fixed.merged else None
-    together = None if stacked is None else rows @ stacked.t()
-    made = []
-    for index, one in enumerate(tensors):
-        bias, columns, dropout = typed(one.bias, dtype), fixed.columns[index], fixed.dropouts[index]
-        weight, scale = fixed.frozen[index].form(one.stored, dtype), fixed.scales[index]
-        own = mask = None
+    mask = keep_mask(rows, fixed.dropout) if fixed.dropout else None
+    together = None
+    if early or not fixed.merged:
+        stacked = _stacked(fixed, tensors)
+        together = rows @ stacked.t() if mask is None else masked_product(rows, mask, stacked)
+    made = _Made([], [], together, mask, [])
+    for frozen, scale, columns, one in zip(fixed.frozen, fixed.scales, fixed.columns, tensors, strict=True):
+        bias, weight = typed(one.bias, dtype), frozen.form(one.stored, dtype)
         if fixed.merged:
             weight = formed(weight, one.down, one.up, scale, kept=fixed.kept)
         y = F.linear(rows, weight, bias)
-        if columns is None:
-            mask = keep_mask(rows, dropout)
-            own = masked_product(rows, mask, one.down.to(dtype))
-            y = added(y, own, one.up.to(dtype).t(), scale)
-        elif not fixed.merged:
+        if not fixed.merged:
             assert together is not None
             y = added(y, together[:, columns], one.up.to(dtype).t(), scale)
-        whole = None if one.gain is None else y
-        made.append(_Made(scaled(y, one.gain, bias), own, mask, whole, weight if fixed.kept and fixed.merged else None))
-    return together, made
+        made.outputs.append(scaled(y, one.gain, bias))
+        made.wholes.append(y)
+        made.merged.append(weight if fixed.merged and fixed.kept else None)
+    return made
 
 
 class _Siblings(torch.autograd.Function):
@@ -241,72 +229,71 @@ class _Siblings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: _Fixed, *flat: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        tensors = _split(fixed, flat)
-        needs = _needs(ctx, fixed)
-        need_down, need_up = any(need[1] for need in needs), any(need[2] for need in needs)
-        together, made = _forward(x, fixed, tensors, early=need_up and not need_down)
+        tensors, needs = _given(fixed, flat), _needs(ctx, fixed)
+        need_down, need_up = any(need.down for need in needs), any(need.up for need in needs)
+        made = _forward(x, fixed, tensors, early=need_up and not need_down)
         kept: list[Tensor | None] = []
-        for one, each, need in zip(made, tensors, needs, strict=True):
-            bias = None if each.gain is None else typed(each.bias, fixed.dtype)
-            whole = one.whole if need[3] else None
-            merged = one.merged if need[0] else None
-            kept += (each.down, each.up, each.gain, bias, one.h, one.mask, whole, merged, *each.stored)
+        for one, need, whole, merged in zip(tensors, needs, made.wholes, made.merged, strict=True):
+            kept += (one.down, one.up, one.gain, None if one.gain is None else typed(one.bias, fixed.dtype))
+            kept += (whole if need.gain else None, merged if need.x else None, *one.stored)
         # A frozen A needs no x in the backward pass: then r numbers a token are kept instead of `in`.
-        ctx.save_for_backward(x if need_down else None, together, *kept)
+        ctx.save_for_backward(x if need_down else None, made.together, made.mask, *kept)
         ctx.fixed, ctx.x = fixed, (x.shape, x.dtype)
-        return tuple(shaped(x, one.y) for one in made)
+        return tuple(shaped(x, y) for y in made.outputs)
 
     @staticmethod
     @as_forward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, together, *kept = ctx.saved_tensors
+        x, together, mask, *kept = ctx.saved_tensors
         parts, start = [], 0
         for count in ctx.fixed.counts:
-            parts.append(_Part._make([*kept[start : start + KEPT], tuple(kept[start + KEPT : start + KEPT + count])]))
-            start += KEPT + count
-        work = _Backward(ctx, x, together, parts)
+            end = start + KEPT
+            parts.append(_Tensors._make([*kept[start:end], tuple(kept[end : end + count])]))
+            start = end + count
+        work = _Backward(ctx, x, together, mask, parts)
         dx, own = work.twice(grads) if torch.is_grad_enabled() else work.once(grads)
         result: list[Tensor | None] = [dx, None]
-        for three, part in zip(own, parts, strict=True):
-            result += (*three, None, *(None for _ in part.stored))
+        for gradients, part in zip(own, parts, strict=True):
+            result += (*gradients, None, *(None for _ in part.stored))
         return tuple(result)
 
 
-class _Part(NamedTuple):
-    """What is kept of one member for the backward pass."""
+class _Needs(NamedTuple):
+    """Which gradients of a member are asked for."""
 
-    down: Tensor
-    up: Tensor
-    gain: Tensor | None
-    bias: Tensor | None
-    h: Tensor | None
-    mask: Tensor | None
-    whole: Tensor | None
-    merged: Tensor | None
-    stored: tuple[Tensor, ...]
+    x: bool
+    down: bool
+    up: bool
+    gain: bool
 
 
-def _needs(ctx: Any, fixed: _Fixed) -> list[tuple[bool, bool, bool, bool]]:
-    """For each member whether the gradients by x, A, B and g are asked for."""
+def _needs(ctx: Any, fixed: _Fixed) -> list[_Needs]:
     asked, start, result = ctx.needs_input_grad, 2, []
     for count in fixed.counts:
-        result.append((asked[0], asked[start], asked[start + 1], asked[start + 2]))
-        start += OWN + count
+        result.append(_Needs(asked[0], *asked[start : start + 3]))
+        start += GIVEN + count
     return result
 
 
-_Own = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""The gradients by A, B and g of one member."""
+class _Own(NamedTuple):
+    """The gradients by what is a member's own."""
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    gain: Tensor | None = None
 
 
 class _Backward:
     """One backward pass."""
 
-    def __init__(self, ctx: Any, x: Tensor | None, together: Tensor | None, parts: Sequence[_Part]) -> None:
+    def __init__(
+        self, ctx: Any, x: Tensor | None, together: Tensor | None, mask: Tensor | None, parts: Sequence[_Tensors]
+    ) -> None:
         self.fixed: _Fixed = ctx.fixed
         self.shape, self.kind = ctx.x
-        self.x, self.together, self.parts = x, together, parts
+        self.x, self.together, self.mask, self.parts = x, together, mask, parts
         self.needs = _needs(ctx, self.fixed)
+        self.need_down = any(need.down for need in self.needs)
         self.need_x = bool(ctx.needs_input_grad[0])
         self.dx: Tensor | None = None
         self.dh: Tensor | None = None
@@ -314,49 +301,49 @@ class _Backward:
 
     def once(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[_Own]]:
         """The gradients by x, and by what is each member's own."""
-        stacked = _stacked(self.fixed, [part.down for part in self.parts], self.fixed.dtype)
-        if self.together is None and stacked is not None and self.x is not None:
-            self.together = as_rows(self.x, stacked.dtype) @ stacked.t()
-        if self.together is not None:
-            self.dh = torch.empty_like(self.together)
-        own = [(None, None, None) if dy is None else self._member(index, dy) for index, dy in enumerate(grads)]
-        if self.dh is None:
-            return self._shaped(), own
-        for columns in self.fixed.columns:
-            if columns is not None and columns.start not in self.written:
-                self.dh[:, columns].zero_()
-        if self.dx is not None and not self.fixed.merged:
+        through_h = self.need_x and not self.fixed.merged
+        stacked = _stacked(self.fixed, self.parts) if through_h or self.together is None else None
+        if self.together is None and self.x is not None:
             assert stacked is not None
-            self.dx = added(self.dx, self.dh, stacked)
-        return self._shaped(), self._with_downs(own, grads)
+            self.together = as_rows(self.x, stacked.dtype) @ stacked.t()
+        if self.together is not None and (self.need_down or through_h):
+            self.dh = torch.empty_like(self.together)
+        own = [_Own() if dy is None else self._member(index, dy) for index, dy in enumerate(grads)]
+        if self.dh is not None:
+            for columns in self.fixed.columns:
+                if columns.start not in self.written:
+                    self.dh[:, columns].zero_()
+            if self.dx is not None and stacked is not None and through_h:
+                self._add_through_h(self.dx, self.dh, stacked)
+            if self.need_down:
+                own = self._with_downs(own, grads)
+        return None if self.dx is None else self.dx.view(self.shape).to(self.kind), own
+
+    def _add_through_h(self, dx: Tensor, dh: Tensor, stacked: Tensor) -> None:
+        if self.mask is None:
+            self.dx = added(dx, dh, stacked)
+        else:
+            add_masked_product_(dx, dh, stacked, self.mask)
 
     def _member(self, index: int, grad: Tensor) -> _Own:
-        part, columns = self.parts[index], self.fixed.columns[index]
-        scale = self.fixed.scales[index]
-        _, need_down, need_up, need_gain = self.needs[index]
+        part, columns, scale = self.parts[index], self.fixed.columns[index], self.fixed.scales[index]
         dy = grad.reshape(-1, grad.shape[-1])
-        up = part.up.to(dy.dtype)
-        dgain = dup = ddown = dh = None
-        if need_gain:
+        dgain = dup = None
+        if self.needs[index].gain:
             assert part.gain is not None and part.whole is not None
             dgain = gain_gradient(dy, part.whole, part.bias, part.gain.dtype)
-        if need_down or (self.need_x and not (self.fixed.merged and columns is not None)):
-            b = up if part.gain is None else rows_times(up, part.gain)
-            if columns is None:
-                dh = product(dy, b, scale)
-            else:
-                self._into(columns, dy, b, scale)
-        if need_up:
-            dup = up_gradient(dy, self._h(index), scale, part.gain, part.up)
+        if self.dh is not None:
+            b = part.up.to(dy.dtype)
+            b, into = b if part.gain is None else rows_times(b, part.gain), self.dh[:, columns]
+            again = columns.start in self.written  # on top of that of another member with the same A
+            torch.addmm(into, dy, b, beta=1 if again else 0, alpha=scale, out=into)
+            self.written.add(columns.start)
+        if self.needs[index].up:
+            assert self.together is not None
+            dup = up_gradient(dy, self.together[:, columns], scale, part.gain, part.up)
         if self.need_x:
             self.dx = through(dy, self._weight(index), part.gain, self.dx)
-        if part.mask is not None and dh is not None:
-            if need_down:
-                assert self.x is not None
-                ddown = masked_outer(dh, as_rows(self.x, dy.dtype), part.mask).to(part.down.dtype)
-            if self.dx is not None:
-                add_masked_product_(self.dx, dh, part.down.to(dy.dtype), part.mask)
-        return ddown, dup, dgain
+        return _Own(None, dup, dgain)
 
     def _weight(self, index: int) -> Tensor:
         part = self.parts[index]
@@ -367,38 +354,14 @@ class _Backward:
             return weight
         return formed(weight, part.down, part.up, self.fixed.scales[index], kept=False)
 
-    def _h(self, index: int) -> Tensor:
-        own, columns = self.parts[index].h, self.fixed.columns[index]
-        if own is not None:
-            return own
-        assert self.together is not None
-        return self.together[:, columns]
-
-    def _into(self, columns: slice, dy: Tensor, b: Tensor, scale: float) -> None:
-        """Writes s dy B into its columns, on top of that of another member with the same A."""
-        assert self.dh is not None
-        into = self.dh[:, columns]
-        torch.addmm(into, dy, b, beta=1 if columns.start in self.written else 0, alpha=scale, out=into)
-        self.written.add(columns.start)
-
-    def _with_downs(self, own: list[_Own], grads: Sequence[Tensor | None]) -> list[_Own]:
-        wanted_by = [
-            columns is not None and need[1] and grad is not None
-            for columns, need, grad in zip(self.fixed.columns, self.needs, grads, strict=True)
-        ]
-        if not any(wanted_by):
-            return own
+    def _with_downs(self, own: Sequence[_Own], grads: Sequence[Tensor | None]) -> list[_Own]:
         assert self.x is not None and self.dh is not None
-        every = self.dh.t() @ as_rows(self.x, self.dh.dtype)
+        rows = as_rows(self.x, self.dh.dtype)
+        every = self.dh.t() @ rows if self.mask is None else masked_outer(self.dh, rows, self.mask)
         return [
-            (every[columns].to(part.down.dtype), dup, dgain) if want and columns is not None else (ddown, dup, dgain)
-            for want, columns, part, (ddown, dup, dgain) in zip(
-                wanted_by, self.fixed.columns, self.parts, own, strict=True
-            )
+            one._replace(down=every[columns].to(part.down.dtype)) if need.down and dy is not None else one
+            for one, columns, part, need, dy in zip(own, self.fixed.columns, self.parts, self.needs, grads, strict=True)
         ]
-
-    def _shaped(self) -> Tensor | None:
-        return None if self.dx is None else self.dx.view(self.shape).to(self.kind)
 
     def twice(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[_Own]]:
         """The same, in a way that can be differentiated again."""
@@ -406,11 +369,11 @@ class _Backward:
         own: list[_Own] = []
         for index, (part, grad) in enumerate(zip(self.parts, grads, strict=True)):
             if grad is None:
-                own.append((None, None, None))
+                own.append(_Own())
                 continue
-            operands = Operands(self.x, part.mask, part.down, part.up, part.gain, part.bias)
+            operands = Operands(self.x, self.mask, part.down, part.up, part.gain, part.bias)
             weight = self.fixed.frozen[index].form(part.stored, self.fixed.dtype).clone()
-            by_x, ddown, dup, dgain = twice(operands, weight, self.fixed.scales[index], grad, self.needs[index])
-            dx = by_x if dx is None else (dx if by_x is None else dx + by_x)
-            own.append((ddown, dup, dgain))
+            by_x, *rest = twice(operands, weight, self.fixed.scales[index], grad, self.needs[index])
+            dx = by_x if dx is None or by_x is None else dx + by_x
+            own.append(_Own(*rest))
         return dx, own
