@@ -6,17 +6,20 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import memory, report, steps, storing, sweep, train
+from benchmarks import billion, forecast, memory, report, steps, storing, sweep, train
 from benchmarks.stored import say
 
 NAME = "all"
 HELP = "what docs/results/speed.md shows, one measurement after the other, then the report"
 PARTS: tuple[tuple[ModuleType, list[str], int], ...] = (
     (steps, ["six"], 12),
+    (steps, ["six", "--instructions", "avx2", "--rounds", "20"], 12),
     (memory, ["six"], 8),
     (steps, ["smollm2"], 20),
     (memory, ["smollm2"], 20),
     (train, [], 25),
+    (forecast, [], 5),
+    (billion, [], 5),
     (storing, [], 4),
     (sweep, ["--memory"], 45),
 )

@@ -29,6 +29,10 @@ MEMORY_BAR = 0.75
 TRAIN_BAR = 0.50
 """Seconds of `lorafit train` by those of TRL's SFTTrainer with PEFT."""
 NEVER_SLOWER = 1.0
+BILLION_BAR = 3.0
+"""Gigabytes at the peak of LoRA steps over about a billion parameters."""
+PLAN_BAR = 0.15
+"""The share by which what `lorafit plan` measures may be off."""
 PASSED, MISSED, OPEN = "passed", "missed", "not measured"
 
 
@@ -60,7 +64,14 @@ class Bar:
 
 def bars(documents: Documents) -> list[Bar]:
     """All of them, in the order of the page."""
-    return [*_steps(documents), *_memory(documents), _slower(documents), *_train(documents)]
+    return [
+        *_steps(documents),
+        *_memory(documents),
+        _slower(documents),
+        *_train(documents),
+        *_planned(documents),
+        _billion(documents),
+    ]
 
 
 def group_with(document: Mapping[str, Any] | None, *names: str) -> Mapping[str, Sequence[float]] | None:
@@ -70,10 +81,11 @@ def group_with(document: Mapping[str, Any] | None, *names: str) -> Mapping[str, 
 
 
 def _steps(documents: Documents) -> Iterator[Bar]:
-    for name, limit in STEP_BARS.items():
-        seconds = group_with(documents.get("steps-six"), name, FLOOR)
-        measured = None if seconds is None else Spread.of(ratios(seconds, name, FLOOR))
-        yield Bar(f"step of {name} / floor, `six`", limit, measured)
+    for key in ("six", "six-avx2"):
+        for name, limit in STEP_BARS.items():
+            seconds = group_with(documents.get(f"steps-{key}"), name, FLOOR)
+            measured = None if seconds is None else Spread.of(ratios(seconds, name, FLOOR))
+            yield Bar(f"step of {name} / floor, `{key}`", limit, measured)
 
 
 def peak_ratio(document: Mapping[str, Any] | None, name: str, to: str) -> Spread | None:
@@ -96,7 +108,7 @@ def _memory(documents: Documents) -> Iterator[Bar]:
 def beside_peft(documents: Documents) -> list[tuple[str, Spread]]:
     """(where, ratio of our step to PEFT's) wherever both were measured."""
     found = []
-    for key in ("steps-six", "steps-smollm2"):
+    for key in ("steps-six", "steps-six-avx2", "steps-smollm2"):
         for group in documents[key]["results"]["groups"] if key in documents else []:
             seconds = group["seconds"]
             for name in seconds:
@@ -130,6 +142,25 @@ def _slower(documents: Documents) -> Bar:
     where, worst = max(found, key=lambda one: one[1].median)
     slower = sum(one.median > NEVER_SLOWER for _, one in found)
     return Bar(what, NEVER_SLOWER, worst, f"{where}; slower at {slower} of {len(found)} comparisons")
+
+
+def _planned(documents: Documents) -> Iterator[Bar]:
+    for key, about in (("peak_bytes", "peak memory"), ("train_seconds", "seconds of training")):
+        measured = None
+        if "plan" in documents:
+            pairs = documents["plan"]["results"]["pairs"]
+            measured = Spread.of([abs(one["planned"]["measured"][key] / one["took"][key] - 1) for one in pairs])
+        yield Bar(f"error of `lorafit plan`: {about}", PLAN_BAR, measured)
+
+
+def _billion(documents: Documents) -> Bar:
+    what = "gigabytes at the peak of LoRA steps over a base of a billion parameters"
+    if "billion" not in documents:
+        return Bar(what, BILLION_BAR, None)
+    ways = documents["billion"]["results"]["ways"]
+    held = {way: found["peak_bytes"] / 1e9 for way, found in ways.items()}
+    note = f"int8 rows; {held['float32']:.2f} in float32" if "float32" in held else "int8 rows"
+    return Bar(what, BILLION_BAR, Spread.of([held["int8-rows"]]), note)
 
 
 def _train(documents: Documents) -> Iterator[Bar]:

@@ -21,7 +21,14 @@ class ChildError(Exception):
     """The other process failed."""
 
 
-def environment(threads: int) -> dict[str, str]:
+INSTRUCTIONS: dict[str, dict[str, str]] = {
+    "all": {},
+    "avx2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+}
+"""Which of the processor's instructions the libraries may use, and how they are told."""
+
+
+def environment(threads: int, instructions: str = "all") -> dict[str, str]:
     """That of this process, with so many threads for everything that counts them by itself."""
     source = str(ROOT / "src")
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -33,10 +40,11 @@ def environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        **INSTRUCTIONS[instructions],
     }
 
 
-def call(function: str, *, threads: int, **arguments: Any) -> Any:
+def call(function: str, *, threads: int, instructions: str = "all", **arguments: Any) -> Any:
     """The result of `MODULE:FUNCTION` (of this package), in JSON's types."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "call.json"
@@ -44,7 +52,7 @@ def call(function: str, *, threads: int, **arguments: Any) -> Any:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.child", function, str(path)],
             cwd=ROOT,
-            env=environment(threads),
+            env=environment(threads, instructions),
             stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
         )
         if done.returncode:

@@ -75,6 +75,8 @@ def _parts(documents: Documents) -> Iterator[str]:
         "sweep": sections.sweep,
         "io": sections.storing,
         "train": sections.train_runs,
+        "plan": sections.planned,
+        "billion": sections.billion,
     }
     for prefix, write in writers.items():
         for name, document in documents.items():

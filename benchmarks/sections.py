@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import pictures, train
+from benchmarks import forecast, pictures, train
 from benchmarks.bars import OPEN, Documents, bars, beside_peft, setting
 from benchmarks.statistic import Spread, ratios
 from benchmarks.variants import ALIKE, FLOOR, PEFT
@@ -81,15 +81,17 @@ def steps(document: Document) -> str:
     rate = Spread.of([group["gemm_rate"] for group in results["groups"]]).median
     added = _case(case).adapter_operations(16) / rate / floor
     processes = counted(len(results["groups"]), "process", "processes")
+    limited = "" if results["instructions"] == "all" else f"Instructions up to {results['instructions']} alone. "
     most = max(len(group["seconds"]) for group in results["groups"])
     said = (
         f"The model: {case['about']}; {case['batch']} rows of {case['length']} tokens, {case['dtype']}. "
         f"{counted(results['rounds'], 'round', 'rounds')} after {results['warmup']} of warming-up, in {processes} with "
-        f"up to {most} variants. A product of the size of a layer runs at {rate / 1e9:.0f} GFLOP/s here; at that rate "
-        f"the operations of LoRA of rank 16 alone would come to {1 + added:.3f} of the floor."
+        f"up to {most} variants. {limited}A product of the size of a layer runs at {rate / 1e9:.0f} GFLOP/s here; at "
+        f"that rate the operations of LoRA of rank 16 alone would come to {1 + added:.3f} of the floor."
     )
     header = ("variant", "step / floor", "step / PEFT's", "ms")
-    return f"## Step times: {case['name']}\n\n{wrapped(said)}\n\n{table(header, rows)}\n"
+    title = case["name"] if results["instructions"] == "all" else f"{case['name']}-{results['instructions']}"
+    return f"## Step times: {title}\n\n{wrapped(said)}\n\n{table(header, rows)}\n"
 
 
 def _case(plain: Mapping[str, Any]) -> Any:
@@ -231,3 +233,40 @@ def train_runs(document: Document) -> str:
         "last loss",
     )
     return f"## Whole runs\n\n{wrapped(said)}\n\n{table(header, rows)}\n"
+
+
+def planned(document: Document) -> str:
+    """Plans beside runs."""
+    results = document["results"]
+    rows = []
+    for key in forecast.KEYS:
+        took = Spread.of([one["took"][key] for one in results["pairs"]]).median
+        said = f"{took / MIB:,.0f} MiB" if key.endswith("bytes") else f"{took:.1f} s"
+        rows.append(
+            (key.replace("_", " "), said, *(ratio(forecast.off(results, kind, key)) for kind in forecast.KINDS))
+        )
+    repeats = counted(len(results["pairs"]), "plan and run", "plans and runs")
+    about = (
+        f"`lorafit train {' '.join(results['flags'])}` on the embedded model and data, and `lorafit plan` for the same "
+        f"before it, {repeats} in turns: what the run took, and what plan said by it."
+    )
+    header = ("what", "the run", "plan's formula / run", "plan's real steps / run")
+    return f"## Plans\n\n{wrapped(about)}\n\n{table(header, rows)}\n"
+
+
+def billion(document: Document) -> str:
+    """A base of a billion parameters."""
+    results = document["results"]
+    rows = []
+    for way, found in results["ways"].items():
+        step = Spread.of(found["seconds_of_steps"][1:] or found["seconds_of_steps"]).median
+        sizes = [f"{found[key] / MIB:,.0f}" for key in ("peak_bytes", "peak_bytes_with_the_base")]
+        rows.append((way, f"{found['parameters'] / 1e9:.2f}", *sizes, f"{step:.2f}"))
+    sizes = results["sizes"]
+    about = (
+        f"A Llama of random weights, hidden size {sizes['hidden']:,}, {sizes['layers']} layers, {sizes['steps']} steps "
+        f"of {sizes['tokens']} tokens with LoRA of rank {sizes['r']} on all linear layers; one process for each way to "
+        "hold the base."
+    )
+    header = ("base", "billion parameters", "peak, MiB", "with the base alone", "s a step")
+    return f"## A billion parameters\n\n{wrapped(about)}\n\n{table(header, rows)}\n"

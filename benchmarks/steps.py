@@ -26,6 +26,12 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help=f"rounds that count; by default {ROUNDS}")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
     parser.add_argument("--variants", help=f"names with semicolons between them, of: {'; '.join(VARIANTS)}")
+    parser.add_argument(
+        "--instructions",
+        choices=list(child.INSTRUCTIONS),
+        default="all",
+        help="those of the processor that may be used; the bars were set with AVX2",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base weights")
 
 
@@ -37,6 +43,7 @@ def run(options: Namespace) -> Path:
         groups = (tuple(chosen(options.variants)),)
     count = options.rounds or ROUNDS[options.case]
     suffix = "" if options.dtype == "float32" else f"-{options.dtype}"
+    suffix += "" if options.instructions == "all" else f"-{options.instructions}"
     session = Session(NAME, f"{NAME}-{options.case}{suffix}", options)
     measured = []
     for group in groups:
@@ -45,6 +52,7 @@ def run(options: Namespace) -> Path:
         seconds = child.call(
             "steps:group",
             threads=options.threads,
+            instructions=options.instructions,
             case=vars(case),
             names=names,
             rounds=count,
@@ -58,6 +66,7 @@ def run(options: Namespace) -> Path:
         {
             "case": {**vars(case), "about": ABOUT[case.name]},
             "rounds": count,
+            "instructions": options.instructions,
             "warmup": options.warmup,
             "variants": rounds.plain({FLOOR: VARIANTS[FLOOR], **named}),
             "groups": measured,

@@ -20,6 +20,7 @@ from lorafit.errors import StateError, some
 from lorafit.kernels.precision import autocasts
 from lorafit.kernels.siblings import Member
 from lorafit.layers import Acting, Site, TensorSite, site_class, site_of
+from lorafit.memo import STEPS
 from lorafit.method import Adapter
 from lorafit.together import Group
 
@@ -36,12 +37,13 @@ class Bank(nn.ModuleDict):
     graph for each set of acting adapters. `together` is the group of layers that this one is computed with.
     """
 
+    together: Group | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.acting: tuple[str, ...] = ()
-        self.together: Group | None = None
 
     def set(self, *, active: tuple[str, ...] | None = None, merged: tuple[str, ...] | None = None) -> None:
         """Changes what is active or merged; names that this bank does not hold are left out."""
@@ -114,7 +116,7 @@ def _adapted(base: ModuleClass, kind: type[Site], make: Generator) -> ModuleClas
             result: Tensor = base.forward(self, input)
             return result
         if bank.together is not None:
-            shared: Tensor | None = bank.together.output(self, input, _member)
+            shared: Tensor | None = bank.together.output(self, input, _member, _state)
             if shared is not None:
                 return shared
         site = kind(self)
@@ -123,6 +125,19 @@ def _adapted(base: ModuleClass, kind: type[Site], make: Generator) -> ModuleClas
     made = _generate("Adapted", base, forward, make)
     made._lorafit_site = kind  # type: ignore[attr-defined]
     return made
+
+
+def _state(module: nn.Module) -> tuple[object, ...]:
+    """What an adapted layer's output depends on besides its input."""
+    bank = module._modules.get(BANK)
+    if not isinstance(bank, Bank):
+        return ()
+    entries = [bank._modules[name] for name in bank.acting]
+    own = [module, *(entry for entry in entries if entry is not None)]
+    held = (each for one in own for each in (*one._parameters.values(), *one._buffers.values()) if each is not None)
+    versions = tuple((id(each), 0 if each.is_inference() else each._version) for each in held)
+    modes = tuple(one.training for one in own)
+    return (bank.acting, modes, versions, STEPS.now, len(module._forward_pre_hooks), "forward" in vars(module))
 
 
 def _member(module: nn.Module, x: Tensor) -> Member | None:
@@ -247,13 +262,20 @@ def rescales(module: nn.Module, name: str) -> bool:
 
 def group(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[str]]) -> None:
     """Has the adapted modules of each group, by their paths, computed as one, and all others by themselves."""
-    found = {}
-    for paths in groups:
-        found.update(dict.fromkeys(paths, Group([modules[path] for path in paths])))
-    for path, module in modules.items():
+    for module in modules.values():
         bank = bank_of(module)
         assert bank is not None
-        bank.together = found.get(path)
+        for other in () if bank.together is None else bank.together.modules:
+            left = bank_of(other)
+            if left is not None:
+                left.together = None
+    for paths in groups:
+        members = [modules[path] for path in paths]
+        made = Group(members)
+        for module in members:
+            bank = bank_of(module)
+            assert bank is not None
+            bank.together = made
 
 
 def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> None:

@@ -62,8 +62,6 @@ class Handle:
             return f"<Handle {self.name!r}: {self.method.name}, detached>"
         return f"<Handle {self.name!r}: {self.summary()}>"
 
-    # What it is
-
     @property
     def sites(self) -> Mapping[str, Site]:
         """Module path → site, in model order."""
@@ -194,8 +192,9 @@ class Handle:
     def fuse(self, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
         """Has layers that read the same input, as q, k and v do, computed as one operation from now on.
 
-        The results are the same up to the rounding of sums. A layer whose input is not that of its group computes by
-        itself, as do layers with pre-hooks and compiled ones. See `lorafit.kernels.siblings` for what is saved.
+        The results are the same up to the rounding of sums; with dropout the layers of a group drop the same numbers of
+        x. Their outputs go through one backward pass. A layer whose input is not that of its group computes by itself,
+        as do layers with pre-hooks and compiled ones. See `lorafit.kernels.siblings`.
 
         Args:
             *args: a batch, as the model takes it: one forward pass shows which layers read what.

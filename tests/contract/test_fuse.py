@@ -302,3 +302,108 @@ def test_a_layer_that_is_called_twice_is_in_no_group():
 
     handle = lf.attach(Twice(), lf.LoRA(r=2))
     assert handle.fuse(torch.zeros(1, 6)) == [("k", "v")]
+
+
+CHANGES: dict[str, Callable[[Any, lf.Handle], object]] = {
+    "factor": lambda model, handle: torch.nn.init.ones_(handle.adapter("k").B),
+    "weight": lambda model, handle: torch.nn.init.ones_(model.k.weight),
+    "acting": lambda model, handle: handle.activate(None),
+    "mode": lambda model, handle: model.eval(),
+    "inference": lambda model, handle: torch.inference_mode(),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_a_layer_that_changed_in_between_computes_anew(change):
+    def outputs(fused: bool) -> Tensor:
+        model, handle = three(fused, lf.LoRA(r=2, dropout=0.5))
+        model.train()
+        x = torch.randn(500, 6, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            model.q(x)
+            inside = CHANGES[change](model, handle)
+            if change in ("factor", "weight", "mode"):
+                model.eval()
+            with inside if change == "inference" else torch.no_grad():
+                y = model.k(x)
+        if change == "inference":
+            assert y.is_inference()
+            return y[:0]
+        return y
+
+    torch.testing.assert_close(outputs(True), outputs(False))
+
+
+def test_backward_passes_of_their_own():
+    def gradients(fused: bool) -> list[Tensor]:
+        model, handle = three(fused)
+        x = torch.ones(5, 6)
+        for layer in (model.q, model.k, model.v):
+            layer(x).square().sum().backward()
+        return [parameter.grad for parameter in handle.parameters()]
+
+    for mine, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+class Blocks(nn.Module):
+    """Layers of several blocks that read one encoder's output, as in cross attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Three() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(checkpoint(block, x, use_reentrant=False).square().sum() for block in self.blocks)
+
+
+def test_a_group_lies_in_one_module():
+    model = Blocks()
+    handle = lf.attach(model, lf.LoRA(r=2), "all-linear")
+    x = torch.randn(5, 6)
+    assert handle.fuse(x) == [tuple(f"blocks.{block}.{name}" for name in "qkv") for block in range(2)]
+    model(x).backward()
+    assert all(parameter.grad is not None for parameter in handle.parameters())
+
+
+def test_a_second_adapter_that_takes_layers_away_ends_the_first_group(computed):
+    model, _ = three()
+    other = lf.attach(model, lf.LoRA(r=2), ["k", "v"], name="b")
+    assert other.fuse(torch.zeros(1, 6)) == [("k", "v")]
+    x = torch.randn(5, 6)
+    other.activate("b")
+    model(x)
+    assert computed == [2]
+
+
+def test_fuse_in_inference_mode_sees_what_is_written():
+    class Changed(Three):
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            x = x * 1
+            y = self.q(x)
+            x += 1
+            return torch.cat([y, self.k(x), self.v(x)], dim=-1)
+
+    handle = lf.attach(Changed(), lf.LoRA(r=2))
+    with torch.inference_mode():
+        assert handle.fuse(torch.zeros(1, 6)) == [("k", "v")]
+
+
+def test_second_derivatives_where_a_layer_is_frozen():
+    model, handle = three()
+    for parameter in handle.adapter("q").parameters():
+        parameter.requires_grad_(False)
+    (total,) = torch.autograd.grad(model(torch.ones(5, 6)).square().sum(), [handle.adapter("k").B], create_graph=True)
+    total.sum().backward()
+    assert handle.adapter("k").A.grad is not None
+
+
+def test_shapes_can_be_asked_of_meta_tensors_and_models_traced(computed):
+    model, _ = three()
+    assert copy.deepcopy(model).to("meta")(torch.empty(5, 6, device="meta")).shape == (5, 16)
+    computed.clear()
+    x = torch.randn(5, 6)
+    with pytest.warns(Warning):  # torch.jit.trace is deprecated, and says so
+        traced = torch.jit.trace(model, x, check_trace=False)
+    torch.testing.assert_close(traced(x), model(x))
+    assert computed == [3]

@@ -116,6 +116,11 @@ def siblings(x: Tensor, members: Sequence[Member]) -> list[Tensor] | None:
     return _apply(x, members, dtype)
 
 
+def spent(output: Tensor) -> bool:
+    """Whether an output of `siblings` went through a backward pass: what that needs of the others is gone."""
+    return output.grad_fn is not None and bool(output.grad_fn.spent)  # type: ignore[attr-defined]
+
+
 def order(columns: Sequence[slice], members: Sequence[Member], tokens: int, dtype: torch.dtype) -> tuple[bool, bool]:
     """(kept, merged) for all members: as for one layer, but for x, which all read together.
 
@@ -238,12 +243,13 @@ class _Siblings(torch.autograd.Function):
             kept += (whole if need.gain else None, merged if need.x else None, *one.stored)
         # A frozen A needs no x in the backward pass: then r numbers a token are kept instead of `in`.
         ctx.save_for_backward(x if need_down else None, made.together, made.mask, *kept)
-        ctx.fixed, ctx.x = fixed, (x.shape, x.dtype)
+        ctx.fixed, ctx.x, ctx.spent = fixed, (x.shape, x.dtype), False
         return tuple(shaped(x, y) for y in made.outputs)
 
     @staticmethod
     @as_forward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.spent = True
         x, together, mask, *kept = ctx.saved_tensors
         parts, start = [], 0
         for count in ctx.fixed.counts:
@@ -368,7 +374,7 @@ class _Backward:
         dx: Tensor | None = None
         own: list[_Own] = []
         for index, (part, grad) in enumerate(zip(self.parts, grads, strict=True)):
-            if grad is None:
+            if grad is None or not any(self.needs[index]):
                 own.append(_Own())
                 continue
             operands = Operands(self.x, self.mask, part.down, part.up, part.gain, part.bias)

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafit.errors import MergeError
 from lorafit.kernels.frozen import Frozen
+from lorafit.kernels.siblings import Member
 from lorafit.layers.packed import PackedSite
 from lorafit.layers.site import Acting, BaseForward, apply
 from lorafit.quant.modules import ModuleClass
@@ -104,6 +105,9 @@ class Bits4Site(ForeignSite):
             return ("its weight is not quantised yet", "move the model to its device first: model.to(device)")
         return None
 
+    def member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
+        return self._member(x, acting) if self.frozen(x).dtype == x.dtype else None
+
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
         return super().forward(x, base, acting).to(x.dtype)  # as the layer itself does after its own type of work
 
@@ -141,6 +145,9 @@ class Bits8Site(ForeignSite):
                 "its weight is not quantised yet, or it keeps a float16 copy (has_fp16_weights)",
                 "has_fp16_weights=False, and move the model to its device first: model.to(device)",
             )
+        return None
+
+    def member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
         return None
 
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorafit.delta import Dense, LowRank
 from lorafit.kernels.dense import dense_linear, summable
 from lorafit.kernels.frozen import Frozen, Plain
+from lorafit.kernels.scratch import transformed
 from lorafit.kernels.siblings import Member
 from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply
 
@@ -40,9 +41,13 @@ class VectorSite(Site):
 
     def _fused(self, acting: Sequence[Acting]) -> bool:
         bias = self.bias()
-        return len(acting) == 1 and not self._trained() and (bias is None or not bias.requires_grad)
+        frozen = not self._trained() and (bias is None or not bias.requires_grad)
+        return len(acting) == 1 and frozen and not transformed()
 
     def member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
+        return self._member(x, acting)
+
+    def _member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
         if not self._fused(acting):
             return None
         update, dropout = acting[0]
@@ -52,7 +57,7 @@ class VectorSite(Site):
         return Member(self.frozen(x), self.bias(), delta.down, delta.upward(), delta.scale, update.gain, dropout)
 
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
-        member = self.member(x, acting)
+        member = self._member(x, acting)
         if member is not None:
             return member.alone(x)
         if self._fused(acting):
@@ -97,7 +102,9 @@ class Conv1DSite(VectorSite):
         return Shape(out, inn)
 
     def weight(self) -> Tensor:
-        return self.raw_weight.t()
+        weight = self.module.weight  # no parameter in the replicas of DataParallel
+        assert isinstance(weight, Tensor)
+        return weight.t()
 
     def unfold(self, matrix: Tensor) -> Tensor:
         return matrix.t()
