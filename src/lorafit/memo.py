@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 V = TypeVar("V")
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACING = (_KEYS.PROXY, _KEYS.FAKE, _KEYS.FUNCTIONAL)
+"""What torch's own modes that trace are known by."""
 
 
 class Instant:
@@ -53,6 +57,22 @@ def state(tensors: Iterable[Tensor], *also: Hashable) -> tuple[Hashable, ...] | 
     return (*seen, *also)
 
 
+@contextmanager
+def unseen(*tensors: Tensor) -> Iterator[None]:
+    """Within, modes that count, keep or replay operations see none.
+
+    For values that decide what is computed: the pass that a mode sees and a repetition that it does not see must come
+    to the same. Modes that trace are not put aside, for they need to see all; nor is any for tensors with ways of
+    their own, such as those without values.
+    """
+    traced = any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+    if _get_current_dispatch_mode() is None or traced or any(type(each) is not Tensor for each in tensors):
+        yield
+        return
+    with _disable_current_modes():
+        yield
+
+
 def _memory(tensor: Tensor) -> Hashable:
     reference: Hashable = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     return reference
@@ -81,9 +101,10 @@ class Memo(Generic[V]):
 
         It finds the same as `get` would, for a fraction of what it takes to make a state: this runs in forward passes.
         """
-        if self._entry is None or _get_current_dispatch_mode() is not None:
+        entry = self._entry  # read once: another thread may forget it
+        if entry is None or _get_current_dispatch_mode() is not None:
             return None
-        seen, value = self._entry
+        seen, value = entry
         if seen[len(tensors) :] != also:
             return None
         try:

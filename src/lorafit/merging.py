@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapted import bank_of, banks, rescales
+from lorafit.delta import LowRank
 from lorafit.errors import LorafitWarning, MergeError, some
 from lorafit.finite import all_finite
 from lorafit.layers import Site
@@ -41,13 +42,20 @@ class Folded:
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One tensor that a merge changes, and how to compute what it becomes."""
+    """One tensor that a merge changes.
+
+    Attributes:
+        name, module, attribute, tensor: which.
+        value: computes what it becomes.
+        certain: whether that can be computed and is finite, if it is known without computing it.
+    """
 
     name: str
     module: nn.Module
     attribute: str
     tensor: Tensor
     value: Callable[[], Tensor]
+    certain: Callable[[], bool]
 
 
 def change(site: Site, adapter: Adapter) -> Tensor:
@@ -105,7 +113,7 @@ def fold(
 
     All new values are computed and checked before the first weight changes; a failure after that undoes what was done,
     unless nothing was kept. Where originals are kept, so are the new values until their turn: each gives its room to
-    an original. Else they are computed again.
+    an original. Else bounds are looked at first, and only what they leave in doubt is computed for the check alone.
 
     Args:
         model: the model, for finding weights that are shared.
@@ -118,7 +126,8 @@ def fold(
     Raises:
         MergeError: a shared weight, or values that are not finite in the weight's own precision.
     """
-    rows = [*_site_rows(sites, name), *_copy_rows(copies, name)]
+    rounding = _Rounding()
+    rows = [*_site_rows(sites, name, rounding), *_copy_rows(copies, name)]
     shared = shared_memory(model, [(row.name, row.module, row.tensor) for row in rows])
     if shared and not untie:
         path = next(iter(shared))
@@ -132,11 +141,12 @@ def fold(
     with _ordinary():
         waiting: list[Tensor] = []
         for row in rows:
-            value = _checked(row)
             if keep:
-                waiting.append(value)
+                waiting.append(_checked(row))
+            elif not row.certain():
+                _checked(row)
         waiting.reverse()
-        _tell_rounding(sites, name)
+        rounding.tell(name)
         folded: list[Folded] = []
         try:
             for row in rows:
@@ -181,27 +191,81 @@ def refold(merged: Sequence[tuple[Folded, Tensor]]) -> list[Folded]:
     return [row for row, _ in merged]
 
 
-def _site_rows(sites: Mapping[str, Site], name: str) -> Iterator[_Row]:
+def _site_rows(sites: Mapping[str, Site], name: str, rounding: _Rounding) -> Iterator[_Row]:
     for path, site in sites.items():
-        tensors, parts = {**site.module._parameters, **site.module._buffers}, _Parts(site, name)
+        tensors, parts = {**site.module._parameters, **site.module._buffers}, _Parts(site, name, rounding)
+        certain = partial(_bounded, site, _adapter(site, name))
         for attribute in site.parts:
             tensor = tensors[attribute]
             assert tensor is not None
-            yield _Row(f"{path}.{attribute}", site.module, attribute, tensor, partial(parts.take, attribute))
+            yield _Row(f"{path}.{attribute}", site.module, attribute, tensor, partial(parts.take, attribute), certain)
 
 
 class _Parts:
     """The tensors of one merged layer, computed together before the first of them is written, and again after all."""
 
-    def __init__(self, site: Site, name: str) -> None:
-        self._site, self._name = site, name
+    def __init__(self, site: Site, name: str, rounding: _Rounding) -> None:
+        self._site, self._name, self._rounding = site, name, rounding
         self._left: dict[str, Tensor] = {}
+        self._seen = False
 
     def take(self, attribute: str) -> Tensor:
         """One of them; each is taken once before all are computed again."""
         if not self._left:
-            self._left = self._site.merged(change(self._site, _adapter(self._site, self._name)))
+            delta = change(self._site, _adapter(self._site, self._name))
+            self._left = self._site.merged(delta)
+            if self._site.packed and not self._seen:
+                self._rounding.add(self._site, delta, self._left)
+                self._seen = True
         return self._left.pop(attribute)
+
+
+class _Rounding:
+    """What is lost where weights are kept in a form that cannot hold every sum: squares of it and of the changes."""
+
+    def __init__(self) -> None:
+        self._lost = self._size = 0.0
+
+    def add(self, site: Site, delta: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Counts one site, before it changes.
+
+        Args:
+            site: a packed one.
+            delta: what is added to its weight.
+            parts: what the site keeps of the sum.
+        """
+        exact = site.unfold(site.weight()) + delta
+        self._lost += float((site.kept(parts) - exact).square().sum(dtype=torch.float64))
+        self._size += float(delta.square().sum(dtype=torch.float64))
+
+    def tell(self, name: str) -> None:
+        """Warns of it."""
+        if self._size:
+            warnings.warn(
+                f"adapter {name!r} is merged into quantised weights, which are rounded again: what changes them is off "
+                f"by {math.sqrt(self._lost / self._size):.1%} of its size. dequantise(model) before merging keeps all "
+                "of it",
+                LorafitWarning,
+                stacklevel=5,
+            )
+
+
+def _bounded(site: Site, adapter: Adapter) -> bool:
+    """Whether bounds show that the merged weight is finite: |Δ| is at most ‖row of up‖ ‖column of down‖."""
+    weight, shape = site.raw_weight, site.shape
+    if site.packed or weight.dtype.itemsize == 1 or not weight.numel():
+        return False
+    update = adapter.update(site.weight)
+    if not isinstance(update.delta, LowRank):
+        return False
+    up, down = update.delta.to(torch.promote_types(weight.dtype, torch.float32)).fold()
+    if down.shape[1] != shape.inn:  # no change of this weight
+        return False
+    change = float(up.norm(dim=1).max()) * float(down.norm(dim=0).max())
+    gain = 1.0 if update.gain is None else float(update.gain.abs().max())
+    low, high = torch.aminmax(weight)
+    largest = max(-float(low), float(high), 0.0) if low.isfinite() and high.isfinite() else math.inf
+    return (1 + gain) * (largest + change) < torch.finfo(weight.dtype).max / 2  # False where one is not a number
 
 
 def _copy_rows(copies: Mapping[str, nn.Module], name: str) -> Iterator[_Row]:
@@ -213,7 +277,8 @@ def _copy_rows(copies: Mapping[str, nn.Module], name: str) -> Iterator[_Row]:
             prefix, _, attribute = key.rpartition(".")
             owner = module.get_submodule(prefix)
             tensor = getattr(owner, attribute)
-            yield _Row(f"{path}.{key}", owner, attribute, tensor, partial(value.detach().to, tensor.dtype, copy=True))
+            taken = partial(value.detach().to, tensor.dtype, copy=True)
+            yield _Row(f"{path}.{key}", owner, attribute, tensor, taken, partial(bool, False))
 
 
 def _adapter(site: Site, name: str) -> Adapter:
@@ -222,24 +287,6 @@ def _adapter(site: Site, name: str) -> Adapter:
     adapter = bank[name]
     assert isinstance(adapter, Adapter)
     return adapter
-
-
-def _tell_rounding(sites: Mapping[str, Site], name: str) -> None:
-    """Warns of what is lost where weights are kept in a form that cannot hold every sum."""
-    lost = size = 0.0
-    for site in sites.values():
-        if site.packed:
-            delta = change(site, _adapter(site, name))
-            exact = site.unfold(site.weight()) + delta
-            lost += float((site.kept(site.merged(delta)) - exact).square().sum(dtype=torch.float64))
-            size += float(delta.square().sum(dtype=torch.float64))
-    if size:
-        warnings.warn(
-            f"adapter {name!r} is merged into quantised weights, which are rounded again: what changes them is off by "
-            f"{math.sqrt(lost / size):.1%} of its size. dequantise(model) before merging keeps all of it",
-            LorafitWarning,
-            stacklevel=5,
-        )
 
 
 def _checked(row: _Row) -> Tensor:

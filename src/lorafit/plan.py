@@ -285,11 +285,12 @@ def plan(
     """Each site with its method, rank and alpha resolved.
 
     Raises:
-        ConfigError: a rank that the layer cannot have, or an adapter of this name.
+        ConfigError: a rank that the layer cannot have, a pattern that is none, or an adapter of this name.
         TargetError: a pattern key that matches no site.
     """
-    check_keys(rank_pattern or {}, paths, "rank_pattern")
-    check_keys(alpha_pattern or {}, paths, "alpha_pattern")
+    for pattern, what in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):
+        _check_pattern(pattern, what)
+        check_keys(pattern or {}, paths, what)
     ranks, alphas = Patterns(rank_pattern or {}), Patterns(alpha_pattern or {})
     planned = []
     shared = shared_weights(model, paths, modules)
@@ -321,6 +322,29 @@ def plan(
             )
         planned.append(new)
     return planned
+
+
+def _check_pattern(pattern: object, what: str) -> None:
+    """Raises `ConfigError` for what is no mapping from texts."""
+    if pattern is None:
+        return
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(
+            f"{what} must be a mapping",
+            where=what,
+            found=repr(pattern),
+            expected="path pattern → number",
+            fix=f'{what}={{"q_proj": 8}}',
+        )
+    for key, value in pattern.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"a key of {what} must be text: the end of a module path, or a regular expression for it",
+                where=what,
+                found=f"{key!r} of type {type(key).__name__}",
+                expected=f"text, such as {str(key)!r}",
+                fix=f"{what}={{{str(key)!r}: {value!r}}}",
+            )
 
 
 def _way_out(method: Method, spot: Spot) -> str:

@@ -113,7 +113,7 @@ def row_norm(
     dtype = at_least_single(weight)
     if isinstance(delta, Dense):
         parts = zip(_slices(weight, dtype), _slices(delta.matrix, dtype), strict=True)
-        return torch.cat([(w + d).square().sum(dim=1) for w, d in parts]).sqrt_()
+        return torch.cat([(w + d).square().sum(dim=1) for w, d in parts]).sqrt()
     squares = _squares(weight, dtype) if squares is None else squares
     if delta is None:
         return squares.sqrt()
@@ -121,8 +121,8 @@ def row_norm(
     projected, up, gram = _factored(weight, delta.to(dtype), dtype)
     add = torch.addmm if delta.groups == 1 else torch.baddbmm
     change = torch.linalg.vecdot(add(projected, up, gram, beta=2, alpha=delta.scale), up)  # (2 ⟨W, Δ⟩ + ‖Δ‖²) / scale
-    total = torch.add(squares, change.flatten(), alpha=delta.scale).clamp_(min=0)
-    return (_mended if branch else _mended_blindly)(weight, delta, squares, total).sqrt_()
+    total = torch.add(squares, change.flatten(), alpha=delta.scale).clamp(min=0)
+    return (_mended if branch else _mended_blindly)(weight, delta, squares, total).sqrt()
 
 
 def _squares(weight: Tensor, dtype: torch.dtype) -> Tensor:

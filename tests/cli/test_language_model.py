@@ -116,6 +116,23 @@ def test_eval_on_other_data_and_of_the_base_alone(
     assert table[-2].split() == ["loss", "perplexity", "tokens"] and table[-1].startswith("base ")
 
 
+@pytest.mark.parametrize("limit", ["0", "-3"])
+def test_eval_of_no_records_is_refused(lorafit: Callable[..., Any], llama: Path, sums: Path, limit: str) -> None:
+    result = lorafit("eval", "--base", "--model", llama, "--data", sums, "--eval-limit", limit)
+    assert result.status == 2 and "nothing to measure" in result.err and "--eval-limit 100" in result.err
+
+
+def test_eval_of_records_without_a_learnt_token_is_refused(
+    lorafit: Callable[..., Any], llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.training.loss import LossSum, SupervisedLoss
+
+    monkeypatch.setattr(SupervisedLoss, "sums", lambda *_: LossSum(torch.zeros(()), 0))
+    result = lorafit("eval", "--base", "--model", llama, "--data", sums)
+    assert result.status == 1 and "nothing to measure" in result.err and "fix:" in result.err
+    assert "nan" not in result.out
+
+
 def test_eval_refuses_data_of_another_kind(lorafit: Callable[..., Any], trained: tuple[Path, Any], films: Path) -> None:
     result = lorafit("eval", trained[0] / "adapter", "--data", films)
     assert result.status == 1 and "not of the adapter's kind" in result.err

@@ -88,6 +88,21 @@ def test_measured(lorafit: Callable[..., Any], planned: list[str], tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quantised_base(lorafit: Callable[..., Any], planned: list[str]) -> None:
+    plain, packed = (
+        lorafit(*planned, "--json", *more) for more in (["--dry"], ["--quantise", "int8", "--recompute", "cheap"])
+    )
+    assert packed.status == 0, packed.err
+    parts = [one.json["formula"]["parts"] for one in (plain, packed)]
+    assert parts[1]["base weights"] < parts[0]["base weights"]
+    assert packed.json["measured"]["peak_bytes"] > 10**8
+
+
+def test_a_classifier_of_packed_records_is_refused(lorafit: Callable[..., Any], bert: Path, films: Path) -> None:
+    result = lorafit("plan", "--model", bert, "--data", films, "--packing", "true", "--dry")
+    assert result.status == 1 and "a classifier cannot have several records in a row" in result.err
+
+
 def test_a_classifier(lorafit: Callable[..., Any], bert: Path, films: Path) -> None:
     result = lorafit("plan", "--model", bert, "--data", films, "--r", 4, "--json")
     assert result.status == 0, result.err
@@ -132,7 +147,9 @@ def test_bad_input(
 def test_help(lorafit: Callable[..., Any]) -> None:
     result = lorafit("plan", "--help")
     assert result.status == 0
-    assert all(text in result.out for text in ("--dry", "--memory", "--json", "--max-length", "lorafit train"))
+    assert all(
+        text in result.out for text in ("--dry", "--memory", "--json", "--max-length", "--quantise", "lorafit train")
+    )
 
 
 @pytest.mark.slow

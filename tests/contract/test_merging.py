@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lorafit as lf
+from lorafit.delta import Update
 
 
 class Tied(nn.Module):
@@ -335,3 +336,82 @@ def test_unmerging_after_the_model_was_moved_or_converted():
     torch.testing.assert_close(model(x.double()).float(), own, rtol=1e-5, atol=1e-5)
     with handle.disabled():
         torch.testing.assert_close(model(x.double()).float(), base, rtol=1e-5, atol=1e-5)
+
+
+# How often a change is computed -----------------------------------------------
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """One entry for each change of a weight that is computed."""
+    computed: list[int] = []
+    plain = Update.change
+    monkeypatch.setattr(Update, "change", lambda self, weight: computed.append(1) or plain(self, weight))
+    return computed
+
+
+def test_a_change_is_computed_once(some_layer, member, fill, changes):
+    model = some_layer.model()
+    try:
+        handle = lf.attach(model, member.make(some_layer), targets=["layer"], seed=0)
+    except lf.ConfigError:
+        return  # this method has no such layer
+    fill(handle)
+    handle.merge()
+    assert len(changes) == 1
+    kept = model.layer.weight.detach().clone()
+    handle.unmerge()
+    changes.clear()
+    handle.merge_and_detach()
+    # A dense change has no bounds short of itself: it is computed for the check, and again.
+    assert len(changes) == (2 if member.id in ("did", "said") else 1)
+    assert torch.equal(model.layer.weight, kept)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["merge", "merge_and_detach"])
+def test_of_a_quantised_weight_it_is_computed_no_more_than_the_check_takes(keep, fill, changes):
+    model = nn.Sequential(nn.Linear(6, 8))
+    lf.quantise(model, targets=["0"])
+    handle = lf.attach(model, lf.LoRA(r=2), ["0"])
+    fill(handle)
+    with pytest.warns(lf.LorafitWarning, match="rounded again"):
+        handle.merge() if keep else handle.merge_and_detach()
+    assert len(changes) == (1 if keep else 2)
+
+
+@pytest.mark.parametrize("what", ["weight", "adapter", "overflow", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_is_not_finite_is_found_before_anything_changes(what, dtype, fill):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)).to(dtype)
+    dora = what == "magnitude"
+    handle = lf.attach(model, lf.DoRA(lf.LoRA(r=2)) if dora else lf.LoRA(r=2), ["0", "1"])
+    fill(handle)
+    adapter = handle.adapter("1")
+    with torch.no_grad():
+        if what == "weight":
+            model[1].weight[2, 3] = torch.nan
+        elif what == "adapter":
+            adapter.B[2, 1] = torch.inf
+        elif what == "overflow":
+            adapter.B.mul_(torch.finfo(dtype).max / 2)
+            adapter.A.mul_(10)
+        else:
+            adapter.m[3] = torch.nan
+    before = [parameter.detach().clone() for parameter in (model[0].weight, model[1].weight)]
+    with pytest.raises(lf.MergeError, match="not finite") as caught:
+        handle.merge_and_detach()
+    assert caught.value.where == "1.weight"
+    for parameter, original in zip((model[0].weight, model[1].weight), before, strict=True):
+        assert torch.equal(parameter.nan_to_num(), original.nan_to_num())
+
+
+def test_a_large_weight_that_stays_finite_is_merged(fill):
+    # Its bounds leave it in doubt: it is looked at number by number.
+    model = nn.Sequential(nn.Linear(6, 8)).half()
+    with torch.no_grad():
+        model[0].weight.fill_(60000.0)
+    handle = lf.attach(model, lf.LoRA(r=2), ["0"])
+    fill(handle)
+    expected = (model[0].weight.float() + handle.delta("0")).half()
+    handle.merge_and_detach()
+    assert torch.equal(model[0].weight, expected) and expected.isfinite().all()

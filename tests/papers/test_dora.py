@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafit as lf
-from lorafit.layers import Shape
+from lorafit.layers import Shape, Stored
 from lorafit.method import Spot
 from lorafit.methods import dora
 from lorafit.methods.adalora import AdaLoRA
@@ -24,7 +25,7 @@ from lorafit.methods.dora import DoRA, DoRAAdapter
 from lorafit.methods.lora import LoRA
 from lorafit.methods.lora_fa import LoRAFA
 from lorafit.methods.vera import VeRA
-from lorafit.rownorm import WORST
+from lorafit.rownorm import WORST, row_norm, row_squares
 
 INNER = {
     "lora": lambda layer: LoRA(r=layer.rank(2), alpha=3.0),
@@ -556,6 +557,62 @@ def test_selective_checkpointing_sees_the_same_operations_twice():
     checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
     for parameter, gradient in zip(handle.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d], ids=lambda kind: kind.__name__)
+def test_the_norm_of_a_convolution_is_kept_in_every_order_of_memory(kind: Any, monkeypatch: pytest.MonkeyPatch):
+    dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[kind]
+    model = nn.Sequential(kind(4, 8, 3, padding=1))
+    if dims > 1:
+        model = model.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    handle = lf.attach(model, DoRA(LoRA(r=2)), ["0"], seed=0)
+    optimizer = handle.optimizer(torch.optim.SGD, lr=0.1)
+    computed: list[int] = []
+    monkeypatch.setattr(dora, "row_norm", lambda *args, **options: computed.append(1) or row_norm(*args, **options))
+    monkeypatch.setattr(dora, "row_squares", lambda weight: computed.append(2) or row_squares(weight))
+    x = torch.randn(2, 4, *(5,) * dims)
+    for step in range(3):
+        for _ in range(3):
+            model(x).square().mean().backward()
+        assert computed == [2, 1, *[1] * step]  # ‖W‖² once, the norm once a step
+        optimizer.step()
+    with torch.no_grad():
+        model[0].weight[0] += 1
+    model(x)
+    assert computed == [2, 1, 1, 1, 2, 1]  # and both anew once W is another
+
+
+@pytest.mark.parametrize("inner", [LoRA(r=2), LoRA(r=2, init="pissa"), LoRAFA(r=2)], ids=["lora", "pissa", "lora-fa"])
+def test_an_adapter_that_is_loaded_computes_no_norm(some_layer, inner, tmp_path, fill, monkeypatch):
+    model = some_layer.model()
+    method = DoRA(replace(inner, r=some_layer.rank(2)))
+    handle = lf.attach(model, method, ["layer"], seed=0)
+    fill(handle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lf.LorafitWarning)  # of grouped convolutions, which PEFT cannot compute
+        handle.save(tmp_path)
+    x = some_layer.input()
+    expected, read = model(x), []
+    handle.detach()
+    monkeypatch.setattr(
+        dora, "row_norm", lambda weight, *rest, **more: read.append(weight) or row_norm(weight, *rest, **more)
+    )
+    loaded = lf.load(model, tmp_path, trainable=True)
+    assert isinstance(loaded.method, DoRA) and sum(weight.numel() for weight in read) == 0
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_adapter_that_is_loaded_does_not_read_a_quantised_weight(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 8))
+    lf.quantise(model, targets=["0"])
+    handle = lf.attach(model, DoRA(LoRA(r=2)), ["0"], seed=0)
+    handle.save(tmp_path)
+    handle.detach()
+    formed: list[int] = []
+    plain = Stored.__call__
+    monkeypatch.setattr(Stored, "__call__", lambda self: formed.append(1) or plain(self))
+    lf.load(model, tmp_path)
+    assert not formed
 
 
 def test_inference_mode_before_training():

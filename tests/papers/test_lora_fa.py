@@ -460,3 +460,17 @@ def test_what_is_singular_in_the_precision_of_a_is_an_error():
     loss(model, torch.randn(3, 8)).backward()
     with pytest.raises(lf.TrainingError, match="singular"):
         optimizer.step()
+
+
+def test_an_embedding_that_is_loaded_draws_nothing(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Embedding(50, 8))
+    handle = lf.attach(model, lf.LoRAFA(r=2), ["0"], seed=0)
+    expected = handle.adapter("0").A.clone()
+    handle.save(tmp_path)
+    handle.detach()
+    drawn: list[torch.Size] = []
+    functions = {name: vars(torch)[name] for name in ("rand", "randn")}
+    for name, function in functions.items():
+        monkeypatch.setattr(torch, name, lambda *a, f=function, **o: drawn.append(f(*a, **o).shape) or f(*a, **o))
+    loaded = lf.load(model, tmp_path)
+    assert not drawn and torch.equal(loaded.adapter("0").A, expected)

@@ -41,6 +41,19 @@ def planner(settings: Any) -> Planner:
     return Planner(settings, lambda line: None)
 
 
+@pytest.fixture
+def wide(make_tokenizer: Callable[..., Any], tmp_path: Path) -> str:
+    """A model whose hidden states are large enough to be priced."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer, folder = make_tokenizer(), tmp_path / "wide"
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
 class Real:
     """A real model under the same settings, and what its forward pass keeps."""
 
@@ -83,6 +96,91 @@ def test_the_formula_is_what_autograd_keeps(settings: Any, tmp_path: Path, metho
     # At its peak a step has beside what is kept the logits of a chunk, or the tensors of a moment.
     logits = 4 * 3 * 128 * len(plan.tokenizer)
     assert kept <= peak <= 1.15 * kept + logits
+
+
+def test_the_formula_over_int8_is_what_autograd_keeps(settings: Any, tmp_path: Path) -> None:
+    chosen = settings(quantise="int8")
+    plan = planner(chosen)
+    built = plan.model(chosen, plan.data)
+    records, _ = longest_batches(built, chosen, plan.data)
+    kept = Real(chosen, tmp_path).saved(records)
+    # Beside what is kept: a chunk of logits, and the largest weight as it is formed.
+    assert kept <= built.step(records).peak <= 1.15 * kept + 4 * 3 * 128 * len(plan.tokenizer) + 2 * 4 * 64 * 32
+
+
+@pytest.mark.parametrize(("quantise", "wanted"), [("int8", 1.0), ("nf4", 0.5)])
+def test_a_quantised_base_is_priced_as_it_is_kept(
+    settings: Any, wide: str, quantise: str, wanted: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    plain, packed = (planner(settings(model=wide, quantise=name)) for name in ("none", quantise))
+    before, after = (plan.formula(plan.settings, plan.data).sizes for plan in (plain, packed))
+    layer = 4 * 128 * 128 + 3 * 128 * 384
+    saved = before.base - after.base
+    assert saved == pytest.approx((4 - wanted) * 4 * layer, rel=0.03)
+    assert after.adapter == before.adapter
+    # int8 rows are read one by one; NF4 is made of the plain weights.
+    assert after.loading == (0 if quantise == "int8" else pytest.approx(before.base, rel=0.01))
+    if quantise == "int8":
+        model = Real(packed.settings, tmp_path).task.model
+        held = [*(one for one in model.parameters() if not one.requires_grad), *model.buffers()]
+        real = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in held}
+        assert after.base == pytest.approx(sum(real.values()), rel=0.1)
+
+
+def test_loading_counts_where_it_is_the_most(settings: Any, wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    options = {"model": wide, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "recompute": "blocks"}
+    plan = planner(settings(**options, quantise="nf4", max_length=60))
+    forecast = plan.forecast(dry=True, limit=None, notify=lambda line: None)
+    formula = forecast.formula
+    assert formula.loading > 0 and forecast.parts[-1].name == "plain weights, to begin with"
+    assert formula.peak == sum(part.formula for part in forecast.parts) == formula.process + formula.sizes.loading
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora-fa"])
+def test_recompute_cheap_is_priced_as_it_runs(settings: Any, wide: str, method: str) -> None:
+    peaks = {}
+    for recompute in ("none", "cheap", "blocks"):
+        plan = planner(settings(model=wide, recompute=recompute, method=method))
+        built = plan.model(plan.settings, plan.data)
+        records, _ = longest_batches(built, plan.settings, plan.data)
+        peaks[recompute] = built.step(records).peak
+    share = 0.9 if method == "lora-fa" else 0.85  # which keeps fewer of them in the first place
+    assert peaks["blocks"] < peaks["cheap"] < share * peaks["none"]
+
+
+def test_cheap_places_are_those_of_the_run(settings: Any, wide: str, tmp_path: Path) -> None:
+    from lorafit.training.recompute_cheap import find_places
+
+    chosen = settings(model=wide, recompute="cheap")
+    plan, real = planner(chosen), Real(chosen, tmp_path)
+    built = plan.model(chosen, plan.data)
+    batch = built.layout(plan.data.train[:2])
+    ours, theirs = (
+        find_places(model, lambda: objective.loss(model, batch, None))  # noqa: B023 (run at once)
+        for model, objective in ((built.model, built.objective), (real.task.model, real.task.objective))
+    )
+    names = [{id(part): name for name, part in model.named_modules()} for model in (built.model, real.task.model)]
+    assert len(theirs.modules) == 13 and len(theirs.products) == 4
+    for place, other in zip(ours.modules, theirs.modules, strict=True):
+        assert names[0][id(place)] == names[1][id(other)]
+    for one, two in zip(ours.products, theirs.products, strict=True):
+        assert [names[0][id(part)] for part in one] == [names[1][id(part)] for part in two]
+
+
+def test_shades_know_what_they_were_made_of() -> None:
+    with Ledger():
+        one, other = torch.zeros(200, 200), torch.ones(200, 200)
+        assert torch.equal(one * other, other * one) and torch.equal(one, one.detach())
+        assert not torch.equal(one, other) and not torch.equal(one * 2, one * 3)
+        assert torch.equal(torch.nn.functional.silu(one), torch.nn.functional.silu(one))
+        assert not torch.equal(torch.rand_like(one), torch.rand_like(one))
+        before = one * 1.0
+        before.add_(1)
+        assert not torch.equal(before, one * 1.0)
+        first, second = one.split(100)
+        assert not torch.equal(first, second) and torch.equal(first, one.split(100)[0])
 
 
 def test_dropping_x_shows_in_the_formula(settings: Any) -> None:
@@ -206,6 +304,59 @@ def test_advice_begins_with_what_changes_nothing(settings: Any) -> None:
     order = ["--per-device-eval-batch-size", "--per-device-train-batch-size", "--recompute", "--method", "--dtype"]
     ranks = [order.index(kind) for kind in kinds if kind in order and kind != "--per-device-train-batch-size"]
     assert ranks == sorted(ranks)
+
+
+def test_advice_names_a_quantised_base(settings: Any, wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planner(settings(model=wide, per_device_train_batch_size=4, eval_split=2))
+    advice = advise(plan, plan.forecast(dry=True, limit=1, notify=lambda line: None))
+    named = {one.change: one for one in advice}
+    assert "--recompute cheap" in named and "--quantise int8" in named
+    assert named["--quantise int8"].peak < plan.forecast(dry=True, limit=1, notify=lambda line: None).peak
+    together = next(one for change, one in named.items() if change.endswith("--recompute blocks --quantise int8"))
+    assert together.peak == min(one.peak for one in advice)
+    kept = planner(settings(model=wide, quantise="int8", recompute="cheap"))
+    again = advise(kept, kept.forecast(dry=True, limit=1, notify=lambda line: None))
+    assert not any("int8" in one.change or "cheap" in one.change for one in again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({"packing": "auto"}, "packing: "),
+        ({"packing": "auto", "include_num_input_tokens_seen": "non_padding"}, ""),
+        ({"packing": False}, ""),
+    ],
+)
+def test_packing_is_decided_as_in_the_run(settings: Any, tmp_path: Path, changes: dict[str, Any], begins: str) -> None:
+    chosen = settings(**changes)
+    plan = planner(chosen)
+    built = plan.model(chosen, plan.data)
+    said: list[str] = []
+    task = prepare(chosen, training_arguments(chosen, tmp_path / "run"), said.append)
+    assert type(built.layout) is type(task.layout)
+    assert built.told.startswith(begins) and bool(built.told) == bool(begins)
+    assert any(line.startswith("packing") for line in said) == bool(begins) and (not begins or built.told in said)
+    records, _ = longest_batches(built, chosen, plan.data)
+    assert built.places(records) == task.layout(records)["input_ids"].numel()
+
+
+def test_what_a_run_refuses_a_plan_refuses(settings: Any) -> None:
+    chosen = settings(packing=True, include_num_input_tokens_seen="non_padding")
+    with pytest.raises(ConfigError, match="packed rows"):
+        planner(chosen).forecast(dry=True, limit=None, notify=lambda line: None)
+
+
+def test_what_the_measured_run_found_of_packing_counts(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.training import planning
+    from lorafit.training.planning_child import Measured
+
+    told = "padding: no packing with this model (an attention mask for each row: records see their neighbours)"
+    found = Measured(10**9, (0.1, 0.1, 0.1), None, 8, 0.0, 1.0, told)
+    monkeypatch.setattr(planning, "measure", lambda settings: found)
+    plan = planner(settings(packing="auto"))
+    dry, measured = (plan.forecast(dry=dry, limit=None, notify=lambda line: None) for dry in (True, False))
+    assert dry.layout.startswith("packing: ") and measured.layout == told
+    assert measured.formula.step.tokens > dry.formula.step.tokens and measured.course.tokens > dry.course.tokens
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("2 GiB", 2**31), ("512mb", 512 * 10**6)])

@@ -139,6 +139,33 @@ def test_the_losses_are_the_same_bit_for_bit(run: Run, said: list[str], changes:
     assert not (cached.folder.path / prefix.FOLDER).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_layers_that_are_compiled_are_run_once_too(run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    counts: list[tuple[int, int]] = []
+    close = prefix.Cached.close
+
+    def counted(self: prefix.Cached) -> None:
+        counts.append((self.read, self.passes))
+        close(self)
+
+    monkeypatch.setattr(prefix.Cached, "close", counted)
+    changes = {"packing": False, "per_device_train_batch_size": 4, "num_train_epochs": 2}
+    plain = run("a", prefix_cache=False, **changes)
+    compiled = run("b", prefix_cache=True, compile=True, **changes)
+    torch.compiler.reset()
+    assert any("computed in the first pass" in line for line in said), said
+    for event in ("step", "evaluation"):
+        first, second = (recorded(one, event, "loss") for one in (plain, compiled))
+        assert len(first) >= 3 and first == pytest.approx(second, rel=1e-3)
+    ((read, passes),) = counts
+    assert passes > read > passes / 2  # what was computed in the first epoch is there in the second
+
+
 def test_lower_layers_run_once_for_each_record(run: Run, counted: collections.Counter[int], said: list[str]) -> None:
     run("a", packing=False, prefix_cache=False)
     plain = dict(counted)

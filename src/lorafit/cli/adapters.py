@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lorafit.training.models import Located
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLAIN = "none"
+QUANTISED = (PLAIN, "int8", "nf4")
+SETTINGS = "settings.json"
 CAUSAL = "CAUSAL_LM"
 CLASSES = "SEQ_CLS"
 
@@ -31,6 +34,7 @@ class Description:
         task_type: `CAUSAL` or `CLASSES`.
         labels: the names of a classifier's classes by index; empty for a language model.
         tokenizer_path: where the tokenizer is read from: the adapter's folder if it has one.
+        whole: modules of which the adapter brings trained copies.
     """
 
     adapter: Path | None
@@ -38,6 +42,7 @@ class Description:
     task_type: str
     labels: tuple[str, ...]
     tokenizer_path: str
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,8 @@ def describe(adapter: Path | None, model: str | None, labels: str | None, say: C
     located = locate(model, say)
     names = _labels(adapter, labels) if adapter is not None and task_type == CLASSES else ()
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return Description(adapter, located, task_type, names, str(adapter) if own else located.path)
+    whole = tuple(config.get("modules_to_save") or ())
+    return Description(adapter, located, task_type, names, str(adapter) if own else located.path, whole)
 
 
 def _labels(adapter: Path, labels: str | None) -> tuple[str, ...]:
@@ -111,14 +117,44 @@ def _labels(adapter: Path, labels: str | None) -> tuple[str, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
-def load(described: Description, dtype: str | None) -> Loaded:
-    """Loads it.
+def storage_of(adapter: Path | None, quantise: str | None, say: Callable[[str], None]) -> str:
+    """How the base is to be kept: as the command says, or as the run had it in whose folder the adapter lies."""
+    if quantise is not None or adapter is None:
+        return quantise or PLAIN
+    own = run_storage(adapter)
+    if own != PLAIN:
+        run = adapter.absolute().parent.name
+        say(f"over a base in {own}, as in the run {run}; --quantise {PLAIN} takes the plain one")
+    return own
+
+
+def run_storage(adapter: Path) -> str:
+    """How the base was kept in the run in whose folder the adapter lies; plain where it lies elsewhere."""
+    kept = adapter.absolute().parent / SETTINGS
+    if not kept.is_file():
+        return PLAIN
+    try:
+        return str(json.loads(kept.read_text(encoding="utf-8")).get("quantise", PLAIN))
+    except (AttributeError, ValueError):
+        raise CheckpointError(
+            "the settings of the adapter's run are damaged",
+            where=kept,
+            expected="the JSON that the run wrote",
+            fix="restore the file, or remove it; --quantise none says that the base is the plain one",
+        ) from None
+
+
+def load(
+    described: Description, dtype: str | None, quantise: str = PLAIN, say: Callable[[str], object] = lambda _: None
+) -> Loaded:
+    """Loads it, the base kept as `quantise` says.
 
     Raises:
         LorafitError: the model or the adapter cannot be loaded, or they do not fit each other.
     """
     from lorafit.checkpoint import load as load_adapter
-    from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer
+    from lorafit.training.models import Located, choose_dtype, load_classifier, load_tokenizer
+    from lorafit.training.quantised import load_base, quantise_loaded
 
     located, device = described.located, computing_device()
     tokenizer = load_tokenizer(Located(described.tokenizer_path, located.name))
@@ -126,11 +162,27 @@ def load(described: Description, dtype: str | None) -> Loaded:
     head: list[str] = []
     if described.task_type == CLASSES:
         model, head = load_classifier(located, kind, described.labels, tokenizer.pad_token_id)
+        told = quantise_loaded(quantise, model, [*dict.fromkeys([*described.whole, *head])])
     else:
-        model = load_causal(located, kind)
+        model, told = load_base(quantise, located, kind, described.whole)
+    if told:
+        say(told)
     model.to(device).eval()
     handle = None if described.adapter is None else load_adapter(model, described.adapter)
     return Loaded(model, tokenizer, handle, tuple(head))
+
+
+def check_quantise(name: str | None) -> None:
+    """Raises `ConfigError` for a way of keeping a base that is not known."""
+    if name not in (None, *QUANTISED):
+        raise ConfigError(
+            "no such way to keep a base",
+            where="--quantise",
+            found=repr(name),
+            expected=", ".join(QUANTISED),
+            near=nearest(str(name), QUANTISED),
+            fix="--quantise int8",
+        )
 
 
 def check_dtype(name: str | None) -> None:

@@ -46,13 +46,14 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", help="For a temperature.", rich_help_panel=options.ANSWERS)] = 42,
     model: options.BaseModel = None,
     dtype: options.Dtype = None,
+    quantise: options.RunQuantise = None,
     debug: options.Debug = False,
 ) -> None:
     """Talk with an adapter, its base model beside it.
 
     Each side has its own conversation. Ctrl-C stops an answer; at the prompt it leaves.
     """
-    from lorafit.cli.adapters import CAUSAL, check_dtype, describe, load
+    from lorafit.cli.adapters import CAUSAL, check_dtype, check_quantise, describe, load, storage_of
     from lorafit.cli.exits import usage
     from lorafit.cli.quiet import quiet
     from lorafit.cli.screen import Screen
@@ -60,6 +61,7 @@ def chat(
 
     with usage():
         check_dtype(dtype)
+        check_quantise(quantise)
     screen = Screen()
     quiet()
     described = describe(adapter, model, "?", screen.say)
@@ -70,7 +72,8 @@ def chat(
             expected="the adapter of a language model",
             fix=f"lorafit eval {adapter}",
         )
-    conversation = Conversation(load(described, dtype), system, temperature, max_new_tokens or 128, seed)
+    loaded = load(described, dtype, storage_of(adapter, quantise, screen.say), screen.say)
+    conversation = Conversation(loaded, system, temperature, max_new_tokens or 128, seed)
     if prompt is not None:
         _answer(conversation, prompt, screen)
         return

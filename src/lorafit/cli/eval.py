@@ -43,6 +43,7 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="The base model alone, without an adapter.")] = False,
     model: options.BaseModel = None,
     dtype: options.Dtype = None,
+    quantise: options.RunQuantise = None,
     labels: options.Labels = None,
     data: options.Data = None,
     data_split: options.DataSplit = None,
@@ -62,7 +63,7 @@ def evaluate(
     Without --data: on the held-out records of the run that made the adapter, if it lies in a run's folder; else on the
     embedded evaluation data.
     """
-    from lorafit.cli.adapters import check_dtype, describe, load
+    from lorafit.cli.adapters import check_dtype, check_quantise, describe, load, storage_of
     from lorafit.cli.exits import usage
     from lorafit.cli.heldout import heldout, wanted
     from lorafit.cli.quiet import quiet
@@ -71,14 +72,15 @@ def evaluate(
 
     screen = Screen(as_json)
     with usage():
-        _check(adapter, base)
+        _check(adapter, base, limit)
         check_dtype(dtype)
+        check_quantise(quantise)
         roles = mapping(columns, "the command line: --columns") if columns else None
     quiet()
     described = describe(adapter, model, labels, screen.say)
     request = wanted(adapter, data, data_split, roles, limit, max_length, screen.say)
     held = heldout(request, described, samples or 0, screen.say)
-    loaded = load(described, dtype)
+    loaded = load(described, dtype, storage_of(adapter, quantise, screen.say), screen.say)
     scores = _scores(loaded, held, described, batch_size)
     _show(scores, screen)
     if loaded.head and "base" in scores:
@@ -95,7 +97,7 @@ def evaluate(
     )
 
 
-def _check(adapter: Path | None, base: bool) -> None:
+def _check(adapter: Path | None, base: bool, limit: int | None) -> None:
     from lorafit.errors import ConfigError
 
     if (adapter is None) != base:
@@ -104,6 +106,14 @@ def _check(adapter: Path | None, base: bool) -> None:
             found="an adapter and --base" if base else "neither an adapter nor --base",
             expected="one of them",
             fix="lorafit eval runs/demo/adapter, or lorafit eval --base",
+        )
+    if limit is not None and limit < 1:
+        raise ConfigError(
+            "there would be nothing to measure",
+            where="--eval-limit",
+            found=limit,
+            expected="at least 1 record",
+            fix="--eval-limit 100, or leave it out to measure on all of them",
         )
 
 
@@ -129,7 +139,7 @@ def measure(loaded: Loaded, held: HeldOut, described: Description, batch_size: i
     from lorafit.cli.adapters import CLASSES
     from lorafit.training.batches import Collator, LabelCollator
     from lorafit.training.loss import SupervisedLoss
-    from lorafit.training.objectives import Classes, NextToken
+    from lorafit.training.objectives import Classes, NextToken, mean_loss
 
     pad = loaded.tokenizer.pad_token_id
     device = next(loaded.model.parameters()).device
@@ -143,7 +153,7 @@ def measure(loaded: Loaded, held: HeldOut, described: Description, batch_size: i
             batch = {key: value.to(device) for key, value in collate(records[start : start + batch_size]).items()}
             sums += objective.tally(loaded.model, batch).stacked().cpu()
     total, count, correct = sums.tolist()
-    loss = total / count
+    loss = mean_loss(total, count)
     return Score(loss, math.exp(min(loss, 700)), correct / count if classifies else None, int(count))
 
 

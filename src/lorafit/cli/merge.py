@@ -69,7 +69,7 @@ def merge(
     The written model is loaded again, and its logits are compared with those of base and adapter. If they do not
     agree, nothing is left behind.
     """
-    from lorafit.cli.adapters import check_dtype, describe, load
+    from lorafit.cli.adapters import PLAIN, check_dtype, describe, load, run_storage
     from lorafit.cli.exits import usage
     from lorafit.cli.quiet import quiet
     from lorafit.cli.screen import Screen
@@ -82,6 +82,9 @@ def merge(
     described = describe(adapter, model, labels, screen.say)
     kind = dtype or _stored_dtype(described)
     screen.say(f"{described.located.name} in {kind}, with {adapter}")
+    trained = run_storage(adapter)
+    if trained != PLAIN:
+        screen.say(f"it was trained over a base in {trained}, and is merged into the plain one")
     loaded = load(described, kind)
     probe = _probe(loaded)
     assert loaded.handle is not None

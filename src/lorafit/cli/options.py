@@ -57,6 +57,24 @@ Dtype = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        "--quantise",
+        metavar="BITS",
+        help="Keep the base's linear layers as int8 (nothing else is needed) or nf4 (bitsandbytes). Default: none.",
+        rich_help_panel=MODEL,
+    ),
+]
+RunQuantise = Annotated[
+    str | None,
+    typer.Option(
+        "--quantise",
+        metavar="BITS",
+        help="Keep the base's linear layers as int8, nf4 or none (plain). Default: as in the adapter's run.",
+        rich_help_panel=MODEL,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

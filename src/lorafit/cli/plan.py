@@ -26,6 +26,7 @@ def plan(
     context: typer.Context,
     model: options.Model = None,
     dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
     data: options.Data = None,
     max_length: options.MaxLength = None,
     method: options.MethodName = None,

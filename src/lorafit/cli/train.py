@@ -27,6 +27,7 @@ def train(
     context: typer.Context,
     model: options.Model = None,
     dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
     data: options.Data = None,
     data_split: options.DataSplit = None,
     eval_data: options.EvalData = None,

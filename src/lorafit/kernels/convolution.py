@@ -22,9 +22,9 @@ from torch import Tensor
 from lorafit.errors import StateError
 from lorafit.kernels.geometry import Geometry, channels_last, in_order
 from lorafit.kernels.masks import keep_mask
-from lorafit.kernels.pointwise import add_upward_, downward, outer
+from lorafit.kernels.pointwise import added_upward, downward, outer
 from lorafit.kernels.precision import as_forward, own_precision, wanted
-from lorafit.kernels.scratch import scratch
+from lorafit.kernels.scratch import recorded, scratch
 
 FULL = (torch.float32, torch.float64)
 """Types in which a small change of a weight is not rounded away."""
@@ -145,10 +145,10 @@ class _LowRank(torch.autograd.Function):
         y = geometry.convolve(padded, weight.to(kind), b)
         mask = _mask(source, dropout) if dropout else None
         h = thin.convolve(padded if mask is None else geometry.padded(source * mask), a.to(kind))
-        add_upward_(y, h, up.to(kind), scale / (1 - dropout), geometry.groups)
+        y = added_upward(y, h, up.to(kind), scale / (1 - dropout), geometry.groups)
         whole = y if need_gain else None
         if gain is not None:
-            y = _scaled(y, gain, b, torch.empty_like(y) if need_gain else y)
+            y = _scaled(y, gain, b, kept=need_gain)
         ctx.save_for_backward(x if need_a else None, h, mask, a, up, gain, bias, whole, weight)
         ctx.fixed, ctx.x, ctx.last = fixed, (x.shape, x.dtype), channels_last(y)
         return y
@@ -207,7 +207,7 @@ class _Merged(torch.autograd.Function):
         before = y if apart and need_gain else None
         if apart:
             assert gain is not None
-            y = _scaled(y, gain, b, y if before is None else torch.empty_like(y))
+            y = _scaled(y, gain, b, kept=before is not None)
         by_x = need_a or (fixed.order.whole and (need_up or need_gain))
         h = geometry.convolve(source, a.to(kind)) if need_up and not by_x else None
         ctx.save_for_backward(x if by_x else None, h, a, up, gain, bias, before, weight)
@@ -254,7 +254,7 @@ def _merged(weight: Tensor, a: Tensor, e: Tensor, fixed: _Fixed) -> Tensor:
         weight, a = weight.movedim(1, -1), a.movedim(1, -1)
     w = weight.reshape(groups, weight.shape[0] // groups, -1)
     ups, downs = e.reshape(groups, w.shape[1], -1), a.reshape(groups, -1, w.shape[2])
-    into = scratch("merged", tuple(w.shape), w.dtype, w.device)
+    into = None if recorded() else scratch("merged", tuple(w.shape), w.dtype, w.device)
     merged = torch.baddbmm(w, ups, downs, alpha=fixed.scale, out=into).view(weight.shape)
     return merged.movedim(-1, 1) if last else merged
 
@@ -297,10 +297,17 @@ def _times(t: Tensor, gain: Tensor | None, scale: float = 1.0) -> Tensor:
     return t if scale == 1 else t * scale
 
 
-def _scaled(y: Tensor, gain: Tensor, bias: Tensor | None, into: Tensor) -> Tensor:
-    """Gives g ∘ (y − b) + b for y with its bias: y itself, bit for bit, where g is 1. g acts in its own precision."""
-    scaled = torch.mul(y, _channel(gain, y, 1), out=into)
-    return scaled if bias is None else scaled.add_(_channel(((1 - gain) * bias).to(y.dtype), y, 1))
+def _scaled(y: Tensor, gain: Tensor, bias: Tensor | None, *, kept: bool) -> Tensor:
+    """Gives g ∘ (y − b) + b for y with its bias: y itself, bit for bit, where g is 1. g acts in its own precision.
+
+    In the memory of y unless that is to be kept.
+    """
+    rest = None if bias is None else _channel(((1 - gain) * bias).to(y.dtype), y, 1)
+    if recorded():  # what is recorded is not written to
+        scaled = torch.mul(y, _channel(gain, y, 1)).to(y.dtype)
+        return scaled if rest is None else scaled + rest
+    scaled = torch.mul(y, _channel(gain, y, 1), out=torch.empty_like(y) if kept else y)
+    return scaled if rest is None else scaled.add_(rest)
 
 
 def _gain_gradient(dy: Tensor, before: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.kernels.precision import as_forward, own_precision
-from lorafit.kernels.scratch import pieces
+from lorafit.kernels.scratch import pieces, recorded
 
 
 class _Fixed(NamedTuple):
@@ -76,9 +76,13 @@ class _Lookup(torch.autograd.Function):
         h = down.index_select(1, ids.flatten()).to(y.dtype).t()  # along A's rows: ten times as fast as by columns
         keep = F.dropout(h.new_ones(len(h), 1), fixed.dropout) if fixed.dropout else None
         h = h if keep is None else h * keep
-        rows.addmm_(h, up.to(y.dtype).t(), alpha=fixed.scale)
-        if gain is not None:
-            torch.mul(y, gain, out=y)
+        if recorded():  # as selective checkpointing does, which keeps the table's own rows
+            rows = torch.addmm(rows, h, up.to(y.dtype).t(), alpha=fixed.scale)
+            y = torch.ops.aten._unsafe_view(rows if gain is None else (rows * gain).to(y.dtype), y.shape)
+        else:
+            rows.addmm_(h, up.to(y.dtype).t(), alpha=fixed.scale)
+            if gain is not None:
+                torch.mul(y, gain, out=y)
         ctx.save_for_backward(h if need_up or need_gain else None, keep, down, up, gain, ids, weight)
         ctx.fixed = fixed
         return y

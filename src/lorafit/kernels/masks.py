@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafit.kernels.scratch import pieces, reusable, scratch
+from lorafit.kernels.scratch import pieces, recorded, reusable, scratch
 
 
 def by_bytes(device: torch.device) -> bool:
@@ -27,11 +27,15 @@ def keep_mask(rows: Tensor, dropout: float) -> Tensor:
     n, k = rows.shape
     if not by_bytes(rows.device):
         return (torch.rand(n, k, dtype=torch.float32, device=rows.device) >= dropout).to(torch.uint8)
-    drawn = torch.empty((n * k + 7) // 8, dtype=torch.int64, device="cpu").random_(-(2**63), None)
+    drawn = torch.empty((n * k + 7) // 8, dtype=torch.int64, device="cpu")
+    kept = recorded()  # what is recorded is not written to; the numbers are the same
+    drawn = torch.ops.aten.random(drawn, -(2**63), None) if kept else drawn.random_(-(2**63), None)
     mask = drawn.view(torch.uint8)[: n * k].view(n, k)
     least = int(256 * dropout)
     bound = (torch.rand(n, 1, dtype=torch.float32, device="cpu") < 256 * dropout - least).add(least)
-    return mask.ge_(bound.to(torch.uint8)) if least < 255 else (mask >= bound).to(torch.uint8)
+    if kept or least == 255:
+        return (mask >= bound).to(torch.uint8)
+    return mask.ge_(bound.to(torch.uint8))
 
 
 def masked_product(x: Tensor, mask: Tensor, matrix: Tensor) -> Tensor:

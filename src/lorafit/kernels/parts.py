@@ -56,6 +56,9 @@ def scaled(y: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     """Gives g ∘ (y − b) + b for y with its bias: y itself, bit for bit, where g is 1. g acts in its own precision."""
     if gain is None:
         return y
+    if recorded():
+        scaled = torch.mul(y, gain).to(y.dtype)
+        return scaled if bias is None else scaled + ((1 - gain) * bias).to(y.dtype)
     scaled = torch.mul(y, gain, out=torch.empty_like(y))
     return scaled if bias is None else scaled.add_(((1 - gain) * bias).to(y.dtype))
 
@@ -75,12 +78,15 @@ def through(dy: Tensor, weight: Tensor, gain: Tensor | None, total: Tensor | Non
     return dy @ weight if total is None else added(total, dy, weight)
 
 
-def added(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+def added(total: Tensor, left: Tensor, right: Tensor, scale: float | None = None) -> Tensor:
     """Gives total + s left right, in the memory of `total` except where operations are recorded.
 
     Selective checkpointing, which records, keeps the layer's own output.
     """
-    return torch.addmm(total, left, right, alpha=scale, out=None if recorded() else total)
+    out = None if recorded() else total
+    if scale is None:  # a default of 1 would be a number of unknown value to a compiler
+        return torch.addmm(total, left, right, out=out)
+    return torch.addmm(total, left, right, alpha=scale, out=out)
 
 
 def gain_gradient(dy: Tensor, whole: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
@@ -104,6 +110,8 @@ def up_gradient(dy: Tensor, h: Tensor, scale: float, gain: Tensor | None, up: Te
 
 def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Gives s left right in one operation."""
+    if recorded():  # a compiler may hold the scale for something that changes, which alpha cannot be
+        return (left @ right).mul_(scale)
     nothing = left.new_empty(())
     return torch.addmm(nothing, left, right, beta=0, alpha=scale)  # with beta of 0 `nothing` is not read
 

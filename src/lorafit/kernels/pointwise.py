@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafit.kernels.geometry import blocks, channels_last, rows
+from lorafit.kernels.scratch import recorded
 
 
 def _of_each_sample(e: Tensor, samples: int, groups: int) -> Tensor:
@@ -19,16 +20,32 @@ def _of_each_sample(e: Tensor, samples: int, groups: int) -> Tensor:
     return each.expand(samples, -1, -1, -1).reshape(samples * groups, *each.shape[2:])
 
 
-def add_upward_(y: Tensor, h: Tensor, e: Tensor, scale: float, groups: int) -> None:
-    """Adds scale · E h to y."""
+def added_upward(y: Tensor, h: Tensor, e: Tensor, scale: float, groups: int) -> Tensor:
+    """Gives y + scale · E h, in the memory of y except where operations are recorded, and never as a view."""
+    if recorded():  # as selective checkpointing does, which keeps the layer's own output
+        return _apart(y, h, e, scale, groups)
     if groups == 1 and channels_last(y):
         rows(y).addmm_(rows(h), e.t(), alpha=scale)
-        return
+        return y
     ups, low = _of_each_sample(e, len(y), groups), blocks(h, groups)
     if y.is_contiguous():
         blocks(y, groups).baddbmm_(ups, low, alpha=scale)
     else:
         y.add_(torch.bmm(ups, low).view(y.shape), alpha=scale)
+    return y
+
+
+def _apart(y: Tensor, h: Tensor, e: Tensor, scale: float, groups: int) -> Tensor:
+    """The same sums in memory of their own."""
+    if groups == 1 and channels_last(y):
+        whole = torch.addmm(rows(y), rows(h), e.t(), alpha=scale)
+        return whole.view(len(y), *y.shape[2:], y.shape[1]).movedim(-1, 1).clone()
+    ups, low = _of_each_sample(e, len(y), groups), blocks(h, groups)
+    if y.is_contiguous():
+        whole = torch.baddbmm(blocks(y, groups), ups, low, alpha=scale)
+        result: Tensor = torch.ops.aten._unsafe_view(whole, y.shape)
+        return result
+    return torch.add(y, torch.bmm(ups, low).view(y.shape), alpha=scale)
 
 
 def downward(dy: Tensor, e: Tensor, groups: int) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 PIECE = {"cpu": 2**17}
@@ -31,9 +32,19 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
+def transformed() -> bool:
+    """Whether derivatives or batches are made of each operation: by a transform of torch.func, or in forward mode.
+
+    The operations written here, whose backward pass is written by hand, are not for that: their plain twins are.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def recorded() -> bool:
     """Whether operations are recorded, to be compiled, replayed or counted: then each must happen, in the same way."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or transformed()
 
 
 def reusable(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from lorafit.layers.convolution import Conv1dSite, Conv2dSite, Conv3dSite, ConvS
 from lorafit.layers.foreign import Bits4Site, Bits8Site, TensorSite, bitsandbytes_layers, is_torchao
 from lorafit.layers.lookup import EmbeddingSite, sparse
 from lorafit.layers.packed import Int8Conv1DSite, Int8LinearSite, PackedSite, Stored
-from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply
+from lorafit.layers.site import Acting, BaseForward, Made, Shape, Site, apply
 from lorafit.layers.vector import Conv1DSite, LinearSite, VectorSite
 from lorafit.quant.modules import Int8InOut, Int8OutIn
 
@@ -32,6 +32,7 @@ __all__ = [
     "Int8Conv1DSite",
     "Int8LinearSite",
     "LinearSite",
+    "Made",
     "PackedSite",
     "Shape",
     "Site",

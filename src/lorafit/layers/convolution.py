@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,29 @@ from lorafit.delta import LowRank
 from lorafit.errors import MergeError
 from lorafit.kernels.convolution import convolution
 from lorafit.kernels.geometry import Geometry
-from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply, exactly
+from lorafit.kernels.scratch import transformed
+from lorafit.layers.site import Acting, BaseForward, Made, Shape, Site, apply, exactly
+
+
+@final
+class Flattened(Made):
+    """The weight of a convolution as a matrix.
+
+    Args:
+        tensor: the weight, (out, in / groups, *kernel).
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
+
+    def __call__(self) -> Tensor:
+        return self.tensor.flatten(1)
 
 
 class ConvSite(Site):
@@ -37,8 +59,10 @@ class ConvSite(Site):
         weight = self.module.weight
         return Shape(weight.shape[0], weight[0].numel(), self.module.groups)
 
-    def weight(self) -> Tensor:
-        return self.module.weight.flatten(1)
+    @property
+    def weight(self) -> Flattened:  # called, it gives the matrix, as the method of others does
+        """The weight (out, in) as a matrix when it is called: a copy where its channels lie last in memory."""
+        return Flattened(self.module.weight)
 
     def unfold(self, matrix: Tensor) -> Tensor:
         weight = self.module.weight
@@ -75,7 +99,8 @@ class ConvSite(Site):
 
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
         m = self.module
-        if len(acting) != 1 or m.weight.requires_grad or (m.bias is not None and m.bias.requires_grad):
+        trained = m.weight.requires_grad or (m.bias is not None and m.bias.requires_grad)
+        if len(acting) != 1 or trained or transformed():
             return apply(self, x, base(m, x), acting)
         update, dropout = acting[0]
         delta = update.delta

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorafit.delta import LowRank
 from lorafit.kernels.lookup import lookup
+from lorafit.kernels.scratch import transformed
 from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply
 
 
@@ -49,7 +50,7 @@ class EmbeddingSite(Site):
 
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
         m = self.module
-        if len(acting) != 1 or m.weight.requires_grad or m.max_norm is not None:
+        if len(acting) != 1 or m.weight.requires_grad or m.max_norm is not None or transformed():
             return apply(self, x, base(m, x), acting)
         update, dropout = acting[0]
         delta = update.delta

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafit.kernels.frozen import Frozen
 from lorafit.kernels.scratch import reusable
-from lorafit.layers.site import Shape
+from lorafit.layers.site import Made, Shape
 from lorafit.layers.vector import VectorSite
 from lorafit.quant.modules import SCALE, ModuleClass, origin
 from lorafit.quant.rows import Int8Rows, pack
@@ -21,7 +21,7 @@ from lorafit.quant.rows import Int8Rows, pack
 
 @final
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Stored(Made):
     """A way to get a weight that has to be formed, and what it is formed of.
 
     Attributes:
@@ -32,7 +32,6 @@ class Stored:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the weight is formed of: as long as these are what they were, it is what it was."""
         return self.frozen.tensors
 
     def __call__(self) -> Tensor:
@@ -86,7 +85,7 @@ class Int8Site(PackedSite):
 
     def stored(self, dtype: torch.dtype) -> Int8Rows:
         values, scale = self.module.weight, self.module.weight_scale
-        assert isinstance(values, nn.Parameter) and isinstance(scale, Tensor)
+        assert isinstance(values, Tensor) and isinstance(scale, Tensor)
         return Int8Rows(values, scale, dtype, self.transposed)
 
     @property

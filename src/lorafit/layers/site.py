@@ -35,6 +35,21 @@ class Acting(NamedTuple):
     dropout: float
 
 
+class Made(ABC):
+    """A way to get a weight (out, in) that has to be made anew when it is called, and what it is made of."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the weight is made of: as long as these are what they were, it is what it was."""
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """The weight as a matrix (out, in)."""
+
+
 class Site(ABC):
     """One layer of a model, seen as a matrix. Final subclasses know one layer type each."""
 

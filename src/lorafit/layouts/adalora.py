@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import LorafitWarning, some
-from lorafit.layers import Conv1DSite, Conv2dSite, LinearSite, Site, VectorSite
+from lorafit.layers import Conv2dSite, Site, VectorSite
 from lorafit.layouts.base import ContradictionError, Layout, Place, Record, Slot, Undrawn, blank, exactly, put
 from lorafit.layouts.lora import LoraLayout
 from lorafit.method import Adapter, Around, Method
@@ -20,7 +20,7 @@ from lorafit.methods.adalora_budget import lengths
 from lorafit.peft_config import Parsed, Reader
 from lorafit.peft_layout import Description, anchored, join, whole
 
-READ_BY_PEFT = (LinearSite, Conv1DSite, Conv2dSite)
+READ_BY_PEFT = (VectorSite, Conv2dSite)
 MARK = ".lora_E"
 
 PENALTIES = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -174,12 +175,15 @@ class Undrawn(TorchFunctionMode):
 
 
 def blank(method: Method, places: Sequence[Place]) -> dict[str, Adapter]:
-    """New adapters of the right kind whose values are about to be replaced: nothing is learnt from weights or data."""
+    """New adapters of the right kind whose values are about to be replaced: nothing is learnt from weights or data.
+
+    Where weights would be read they have no columns: what is computed from them takes no time.
+    """
     plain: dict[Method, Method] = {}
     spots = []
     for spot in (place.spot for place in places):
         own = plain[spot.method] if spot.method in plain else plain.setdefault(spot.method, _plain(spot.method))
-        spots.append(spot if own is spot.method else replace(spot, method=own))
+        spots.append(replace(spot, method=own, weight=partial(torch.empty, spot.shape.out, 0, device=spot.device)))
     made = _plain(method).adapters(spots, generator=torch.Generator())
     absent = [place.path for place in places if place.path not in made]
     if absent:

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from lorafit.delta import LowRank, Update
 from lorafit.errors import TrainingError, some
 from lorafit.layers import Shape
-from lorafit.memo import Memo, state
+from lorafit.memo import Memo, state, unseen
 from lorafit.method import Adapter, Evidence, Method, Schedule, Spot
 from lorafit.methods import validate
 from lorafit.methods.initialisers import INITIALISERS
@@ -113,8 +113,10 @@ class DeltaLoRAAdapter(Adapter):
         known = self._known.held((lam, b))
         if known is not None:
             return known
-        now = state((lam, b))
-        return None if now is None or lam.is_meta else self._known.get(now, lambda: _Moved.of(lam, b))
+        # A checkpoint's forward pass may be seen by a mode, and its repetition by none: both must take the same way.
+        with unseen(lam, b):
+            now = state((lam, b))
+            return None if now is None or lam.is_meta else self._known.get(now, lambda: _Moved.of(lam, b))
 
     def forget(self) -> None:
         """Drops what is remembered of the buffers. Needed only where one was written to through `.data`."""
@@ -126,6 +128,12 @@ class DeltaLoRAAdapter(Adapter):
             self.forget()
         super().train(mode)
         return self
+
+    def _replicate_for_data_parallel(self) -> DeltaLoRAAdapter:
+        # What torch asks of a module that a thread of its own will run, with copies of its tensors.
+        replica: DeltaLoRAAdapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._known = Memo()
+        return replica
 
     @torch.no_grad()
     def plain(self) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.delta import Delta, LowRank, Update
-from lorafit.layers import Shape, Stored
+from lorafit.layers import Made, Shape
 from lorafit.memo import STEPS, Memo, state
 from lorafit.method import Adapter, Around, Method, Sharing, Spot
 from lorafit.methods import validate
@@ -64,6 +64,7 @@ class _Lengths(NamedTuple):
 
     @classmethod
     def of(cls, norm: Tensor) -> _Lengths:
+        norm = norm.detach()  # forward mode takes derivatives without asking whether gradients are wanted
         idle = ~(norm > 0)
         return cls(norm, idle.to(norm.dtype), norm.masked_fill(idle, torch.inf))
 
@@ -97,8 +98,8 @@ class DoRAAdapter(Adapter):
     def _found(self, weight: Callable[[], Tensor], delta: Delta) -> _Lengths:
         if torch.compiler.is_compiling():
             return _Lengths.of(row_norm(weight(), delta, branch=False))
-        # A weight that has to be formed is, where what it is formed of has changed.
-        kept = weight.tensors if isinstance(weight, Stored) else (weight(),)
+        # A weight that has to be made is, where what it is made of has changed.
+        kept = weight.tensors if isinstance(weight, Made) else (weight(),)
         tensors = [*kept, *_tensors(self.inner)]
         also = (STEPS.now, delta.scale, delta.groups) if isinstance(delta, LowRank) else (STEPS.now,)
         known = self._lengths.held(tensors, *also)
@@ -107,7 +108,7 @@ class DoRAAdapter(Adapter):
         now = state(tensors, *also)
 
         def anew() -> _Lengths:
-            matrix = weight() if isinstance(weight, Stored) else kept[0]
+            matrix = weight() if isinstance(weight, Made) else kept[0]
             squares = self._row_squares(matrix, kept)
             return _Lengths.of(row_norm(matrix, delta, squares=squares, branch=now is not None and not matrix.is_meta))
 
@@ -130,6 +131,12 @@ class DoRAAdapter(Adapter):
         super().train(mode)
         return self
 
+    def _replicate_for_data_parallel(self) -> DoRAAdapter:
+        # What torch asks of a module that a thread of its own will run, with copies of its tensors.
+        replica: DoRAAdapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._lengths, replica._squares = Memo(), Memo()
+        return replica
+
     def resize(self, shapes: Mapping[str, torch.Size]) -> None:
         inside = {key.removeprefix("inner."): size for key, size in shapes.items() if key.startswith("inner.")}
         if any(key not in ("m", *(f"inner.{each}" for each in inside)) for key in shapes):
@@ -143,6 +150,8 @@ class DoRAAdapter(Adapter):
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Every tensor of an adapter, those that it only refers to included."""
     found = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
+    if not module._parameters:  # parameters are plain attributes in replicas, and where others keep them elsewhere
+        found += [each for each in vars(module).values() if isinstance(each, Tensor)]
     for child in module._modules.values():
         if child is not None:
             found += _tensors(child)

@@ -214,7 +214,7 @@ class LoRAFA(Method):
     def adapter(self, spot: Spot, *, generator: torch.Generator | None = None) -> LoRAFAAdapter:
         a, b = INITIALISERS[self.init].draw(spot, self.r, self.scale, generator)
         if spot.shape.lookup and not a.any():
-            a, b = torch.randn(a.shape, generator=generator) / self.r**0.5, torch.zeros_like(b)
+            a, b = a.normal_(generator=generator).div_(self.r**0.5), torch.zeros_like(b)
         return LoRAFAAdapter(a, b, scale=self.scale, groups=spot.shape.groups)
 
     def num_trainable(self, shapes: Iterable[Shape | tuple[int, int]]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorafit.kernels.frozen import Frozen
 from lorafit.kernels.precision import as_forward, own_precision
+from lorafit.kernels.scratch import transformed
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -48,7 +49,8 @@ def frozen_linear(x: Tensor, frozen: Frozen, bias: Tensor | None, dtype: torch.d
     with own_precision(x.device):
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        if torch.compiler.is_compiling():  # a compiler sees by itself that the packed form is the cheaper one to keep
+        # A compiler sees by itself that the packed form is the cheaper one to keep.
+        if torch.compiler.is_compiling() or transformed():
             return F.linear(x, frozen.form(frozen.tensors, dtype), bias)
         result: Tensor = _FrozenLinear.apply(x, bias, frozen, *frozen.tensors)  # type: ignore[no-untyped-call]
         return result

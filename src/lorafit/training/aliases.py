@@ -18,6 +18,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "grad_accumulation_steps": "gradient_accumulation_steps",
         "init_lora_weights": "init",
         "iters": "max_steps",
+        "load_in_4bit": "quantise",
         "lora_alpha": "alpha",
         "lora_dropout": "dropout",
         "lora_r": "r",
@@ -32,6 +33,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "model_name_or_path": "model",
         "num_epochs": "num_train_epochs",
         "out_dir": "output_dir",
+        "quantize": "quantise",
         "rank": "r",
         "sequence_len": "max_length",
         "target_modules": "targets",
@@ -46,9 +48,13 @@ NEIGHBOURS: Mapping[str, tuple[tuple[str | None, str], ...]] = MappingProxyType(
         "alpha": (("d_init", "remove it: VeRA has no alpha"), ("layerwise", "remove it: intrinsic has no alpha")),
         "deltaT": (("interval", "write interval"),),
         "inner": ((None, "choose a method that goes around another one: --method dora, or --method lora-plus"),),
+        "load_in_8bit": (
+            (None, "write quantise: int8 (rows of our own; bitsandbytes rounds the layers' inputs, too)"),
+        ),
         "orth_reg_weight": (
             ("orthogonality", "write orthogonality, half of it: PEFT averages over P and Q, two a layer"),
         ),
+        "quantization_bit": ((None, "write quantise: int8 or nf4"),),
         "r": (
             (
                 "init_r",
@@ -66,6 +72,12 @@ NEIGHBOURS: Mapping[str, tuple[tuple[str | None, str], ...]] = MappingProxyType(
 """Settings that are something else here: what to do instead, if the method has this field (None: anyway)."""
 
 VALUES: Mapping[tuple[str, object], object] = MappingProxyType(
-    {("init_lora_weights", True): "default", ("init_lora_weights", "true"): "default"}
+    {
+        ("init_lora_weights", True): "default",
+        ("init_lora_weights", "true"): "default",
+        ("load_in_4bit", False): "none",
+        ("load_in_4bit", True): "nf4",
+        ("quantize", "bnb.nf4"): "nf4",
+    }
 )
 """A neighbour's spelling and value → the value here."""

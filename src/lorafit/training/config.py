@@ -97,6 +97,7 @@ class Settings(BaseModel):
         output_dir: where the run lives; the same command goes on there.
         seed: of the split, the initial values, the order of the data and dropout.
         dtype: of the base model; "auto" is bfloat16 where the hardware has it, else float32. Adapters are float32.
+        quantise: how the base's linear layers are kept: "int8" rows of the library's own, or "nf4" by bitsandbytes.
         samples: so many held-out questions are answered before and after.
         max_new_tokens: length of those answers.
         prefix_cache: whether layers below the lowest adapted one are computed in the first pass alone; "auto" where
@@ -130,6 +131,7 @@ class Settings(BaseModel):
     output_dir: str = ""
     seed: int = Field(default=42, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantise: Literal["none", "int8", "nf4"] = "none"
     samples: int = Field(default=4, ge=0)
     max_new_tokens: int = Field(default=48, ge=1)
     prefix_cache: bool | Literal["auto"] = "auto"

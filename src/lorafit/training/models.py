@@ -70,7 +70,7 @@ def load_tokenizer(located: Located) -> Any:
     """The tokenizer of a model, with a padding token. Raises `ConfigError` where there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer = _loaded(located, lambda: AutoTokenizer.from_pretrained(located.path))
+    tokenizer = loaded(located, lambda: AutoTokenizer.from_pretrained(located.path))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -80,7 +80,7 @@ def load_causal(located: Located, dtype: torch.dtype) -> Any:
     """A causal language model in `dtype`."""
     from transformers import AutoModelForCausalLM
 
-    return _loaded(located, lambda: AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype))
+    return loaded(located, lambda: AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype))
 
 
 def load_classifier(
@@ -101,7 +101,7 @@ def load_classifier(
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, info = _loaded(
+        model, info = loaded(
             located, lambda: AutoModelForSequenceClassification.from_pretrained(located.path, **options)
         )
     model.config.pad_token_id = pad
@@ -109,7 +109,8 @@ def load_classifier(
     return model, sorted(missing)
 
 
-def _loaded(located: Located, load: Callable[[], Any]) -> Any:
+def loaded(located: Located, load: Callable[[], Any]) -> Any:
+    """What `load` gives of a model. Raises `ConfigError` where its files cannot be read."""
     try:
         return load()
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorafit.errors import DataError
 from lorafit.training.batches import TOKENS
 from lorafit.training.loss import SupervisedLoss
 
@@ -31,6 +32,22 @@ class Tally:
         return torch.stack(
             [part.detach().to(self.total.device, torch.float64) for part in (self.total, self.count, correct)]
         )
+
+
+def mean_loss(total: float, count: float) -> float:
+    """The loss of one prediction, given the sum over all of them.
+
+    Raises:
+        DataError: there is none, so there is nothing that could be measured.
+    """
+    if count == 0:
+        raise DataError(
+            "There is nothing to measure: not one held-out token or record is predicted.",
+            found="0 predictions",
+            expected="at least one token with a label other than -100 after the first of a record, or one class",
+            fix="measure on records with an answer within max_length",
+        )
+    return total / count
 
 
 class Objective(ABC):

@@ -2,7 +2,7 @@
 
 **Memory, by formula** (bytes, at the moment at which there are the most):
 
-    process + base + adapter + gradients + optimizer + FRAGMENTATION · max(step, evaluation)
+    process + max(base + adapter + gradients + optimizer + FRAGMENTATION · max(step, evaluation), loading)
 
 * process: this process as it is, with the same libraries, tokenizer and data in it; on a GPU its context.
 * base: the weights, each in its type, shared ones once. adapter: what is trained, and what comes with it. gradients: as
@@ -11,6 +11,7 @@
   own code and the adapter's own kernels, on tensors without memory (`planning_shades`): what autograd keeps, what an
   operation needs for a moment, and when each is given back are those of the real step. No term is written down by hand
   for an architecture or a method.
+* loading: the plain weights, where a base is quantised after it was loaded.
 * FRAGMENTATION: resident bytes for each byte alive, of the C library's allocator on a CPU.
 
 **Time, by formula** (seconds): for each operation of that step the longer of operations / rate and bytes / bandwidth,
@@ -36,7 +37,7 @@ import torch
 from lorafit.training.config import Settings
 from lorafit.training.data import Data, LabelledData, load_examples
 from lorafit.training.models import Located, choose_dtype, load_tokenizer, locate
-from lorafit.training.planning_child import ENDED, TOKENS, Measured, measure
+from lorafit.training.planning_child import ENDED, PACKED, TOKENS, Measured, measure
 from lorafit.training.planning_machine import CONTEXT, Limit, Rates, limit_of, rates, resident
 from lorafit.training.planning_model import Price, Sizes, Skeleton, skeleton
 from lorafit.training.planning_run import MOST, Course, batches, course, limited
@@ -85,19 +86,24 @@ class Formula:
         sizes: what is held all the time.
         step, look: the longest batch in training, the largest held-out one (None without).
         process: bytes of the process itself.
-        peak: bytes in all.
+        activations: bytes of what a batch takes, fragmentation included.
     """
 
     sizes: Sizes
     step: Price
     look: Price | None
     process: int
-    peak: int
+    activations: int
 
     @property
-    def activations(self) -> int:
-        """Bytes of what a batch takes, fragmentation included."""
-        return self.peak - self.process - self.sizes.total
+    def peak(self) -> int:
+        """Bytes in all."""
+        return self.process + self.sizes.total + self.activations + self.loading
+
+    @property
+    def loading(self) -> int:
+        """Bytes by which loading the base takes more than anything after it."""
+        return max(0, self.sizes.loading - self.sizes.total - self.activations)
 
 
 @final
@@ -148,12 +154,14 @@ class Forecast:
     def parts(self) -> list[Part]:
         """The rows of the memory."""
         sizes, formula = self.formula.sizes, self.formula
+        loading = [Part("plain weights, to begin with", formula.loading)] if formula.loading else []
         return [
             Part("process", formula.process),
             Part("base weights", sizes.base),
             Part("adapter", sizes.adapter),
             Part("gradients and optimizer", sizes.gradients + sizes.optimizer),
             Part("activations", formula.activations),
+            *loading,
         ]
 
 
@@ -194,7 +202,7 @@ class Planner:
         look = built.look(held) if held else None
         activations = max(step.peak, 0 if look is None else look.peak)
         taken = int(activations * FRAGMENTATION.get(self.device.type, 1.0))
-        return Formula(built.sizes, step, look, self.process, self.process + built.sizes.total + taken)
+        return Formula(built.sizes, step, look, self.process, taken)
 
     def forecast(self, *, dry: bool, limit: int | None, notify: Notify) -> Forecast:
         """Plans the run.
@@ -208,18 +216,8 @@ class Planner:
         machine = self._rates(built)
         if self.device.type == "cpu":
             self.process = resident()
-        way = course(
-            self.settings,
-            built.arguments,
-            self.data.train,
-            self.data.eval,
-            0 if isinstance(self.data, LabelledData) else len(self.data.samples),
-            built.places,
-        )
         formula = self.formula(self.settings, self.data, built)
-        clock = _Clock(built, machine, way, formula)
         most = limit_of(self.device)
-        against = most if limit is None else Limit(limit, "--memory")
         measured, reason = None, ""
         if not dry:
             if most.size is not None and formula.peak > most.size:
@@ -228,18 +226,30 @@ class Planner:
                 notify("running a few steps in a process of their own, the longest batch first")
                 answer = measure(self.settings)
                 measured, reason = (answer, "") if isinstance(answer, Measured) else (None, answer)
+        told = built.told
+        if measured is not None and measured.layout != told:
+            # The run can try whether records stay apart in a row; the formula took that for granted.
+            told = measured.layout
+            if not told.startswith(PACKED):
+                built = self.model(self.settings.model_copy(update={"packing": False}), self.data)
+                formula = self.formula(self.settings, self.data, built)
+        clock = _Clock(built, machine, self._course(built), formula)
         return Forecast(
             settings=self.settings,
             device=self.device,
-            limit=against,
-            course=way,
+            limit=most if limit is None else Limit(limit, "--memory"),
+            course=clock.way,
             formula=formula,
             times=clock.times(self.settings),
             measured=measured,
             not_measured=reason,
             measured_times=None if measured is None else clock.scaled(self.settings, measured, self.data),
-            layout=built.told,
+            layout=told,
         )
+
+    def _course(self, built: Skeleton) -> Course:
+        samples = 0 if isinstance(self.data, LabelledData) else len(self.data.samples)
+        return course(self.settings, built.arguments, self.data.train, self.data.eval, samples, built.places)
 
     def _rates(self, built: Skeleton) -> Rates:
         dtype = choose_dtype(self.settings.dtype, self.device)
@@ -267,7 +277,7 @@ class _Clock:
     def __init__(self, built: Skeleton, machine: Rates, way: Course, formula: Formula) -> None:
         self._built = built
         self._machine = machine
-        self._way = way
+        self.way = way
         self._longest = formula.step
         self._look = formula.look
         self._median = built.step(way.median)
@@ -291,10 +301,10 @@ class _Clock:
 
     def answers(self, tokens: int) -> float:
         """Of one round of answers: the prompts go in at once, then the weights are read for each token."""
-        if not self._way.samples:
+        if not self.way.samples:
             return 0.0
-        samples = self._way.samples
-        prompt = self._built.look([self._way.median[0]])
+        samples = self.way.samples
+        prompt = self._built.look([self.way.median[0]])
         flops = samples * sum(one.flops * count for one, count in prompt.work.items()) / prompt.tokens
         reading = self._built.sizes.base / self._machine.moved
         each = max(flops / self._machine.flops, reading) + self._machine.call * sum(prompt.work.values())
@@ -303,7 +313,7 @@ class _Clock:
 
     def times(self, settings: Settings) -> Times:
         """By formula alone; the start of a run is not in it."""
-        way, each = self._way, self.step(self._way.tokens)
+        way, each = self.way, self.step(self.way.tokens)
         per_step = way.micro_batches / way.steps
         return Times(
             each * per_step,

@@ -81,12 +81,17 @@ def _changes(planner: Planner) -> Iterator[tuple[str, str, Settings, Data | Labe
         flags = f"--per-device-train-batch-size {part} --gradient-accumulation-steps {micro * size // part} "
         flags += f"--per-device-eval-batch-size {min(held, part)}"
         yield flags, "the same results, somewhat slower", small, data
-    if settings.recompute == "none" and not arguments.activation_checkpointing:
+    if settings.recompute == "none" and not arguments.activation_checkpointing and not settings.compile:
+        yield "--recompute cheap", "the same results, slightly slower", _with(settings, recompute="cheap"), data
+    if settings.recompute in ("none", "cheap") and not arguments.activation_checkpointing:
         yield "--recompute blocks", "the same results, a third slower", _with(settings, recompute="blocks"), data
         if small is not settings:
             both = _with(small, recompute="blocks")
             yield f"{flags} --recompute blocks", "the same results, slower by more than a third", both, data
+            small, flags = both, f"{flags} --recompute blocks"
     yield from _lossy(settings, data)
+    if small is not settings and settings.quantise == "none":
+        yield f"{flags} --quantise int8", "slower, over a base of 8 bits", _with(small, quantise="int8"), data
 
 
 def _lossy(settings: Settings, data: Data | LabelledData) -> Iterator[tuple[str, str, Settings, Data | LabelledData]]:
@@ -98,6 +103,12 @@ def _lossy(settings: Settings, data: Data | LabelledData) -> Iterator[tuple[str,
     else:
         if frozen.method != settings.method:
             yield "--method lora-fa", "A stays as drawn: half of what is trained", frozen, data
+    for bits, before, effect in (
+        ("int8", ("none",), "the base's weights rounded to 8 bits, an error of about 1 %; somewhat slower"),
+        ("nf4", ("none", "int8"), "the base's weights rounded to 4 bits, an error of about 10 %; slower"),
+    ):
+        if settings.quantise in before:
+            yield f"--quantise {bits}", effect, _with(settings, quantise=bits), data
     if settings.dtype in ("auto", "float32"):
         half = _with(settings, dtype="bfloat16")
         yield "--dtype bfloat16", "weights rounded to 8 bits of precision; slow on most CPUs", half, data

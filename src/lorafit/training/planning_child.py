@@ -25,6 +25,8 @@ STEPS = 3
 TOKENS = 8
 """Length of the answers."""
 ENDED = "the system ended it for want of memory"
+PACKED, PADDED = "packing", "padding"
+"""How the sentence begins that says how batches are laid out."""
 _NO_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 """What torch and Python say in that case, where the system leaves it to them."""
 SHORT: dict[str, Any] = {
@@ -49,6 +51,7 @@ class Measured:
         evaluated: how many those were at most.
         answers: seconds of the answers before training, of `TOKENS` tokens.
         rest: seconds of everything else: start, data, model, files.
+        layout: how the run laid its batches out, in a sentence; empty where nothing was to be decided.
     """
 
     peak: int
@@ -57,6 +60,7 @@ class Measured:
     evaluated: int
     answers: float
     rest: float
+    layout: str = ""
 
 
 def measure(settings: Settings) -> Measured | str:
@@ -96,14 +100,14 @@ def measure(settings: Settings) -> Measured | str:
                 fix="lorafit train with the same settings shows where; --dry plans without a step",
             )
         told = json.loads(done.stdout.splitlines()[-1])
-        return _read(Path(folder) / "run" / "records.jsonl", told["gpu"], limit)
+        return _read(Path(folder) / "run" / "records.jsonl", told["gpu"], limit, told["layout"])
 
 
 def _last(text: str) -> str:
     return (text.strip().splitlines() or ["nothing was said"])[-1]
 
 
-def _read(path: Path, gpu: int | None, limit: int) -> Measured:
+def _read(path: Path, gpu: int | None, limit: int, layout: str) -> Measured:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [one for one in records if one["event"] == "step"]
     looks = [one for one in records if one["event"] == "evaluation"]
@@ -122,6 +126,7 @@ def _read(path: Path, gpu: int | None, limit: int) -> Measured:
         limit,
         answers,
         rest,
+        layout,
     )
 
 
@@ -139,9 +144,11 @@ def _main() -> None:
     warnings.simplefilter("ignore")  # the run itself will say them
     settings = Settings.model_validate_json(sys.stdin.read())
     said = Console(stderr=True)
-    train(settings, command="lorafit plan", notify=lambda line: None, console=said)
+    lines: list[str] = []
+    train(settings, command="lorafit plan", notify=lines.append, console=said)
+    layout = next((line for line in lines if line.startswith((PACKED, PADDED))), "")
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    sys.stdout.write(json.dumps({"gpu": gpu}) + "\n")
+    sys.stdout.write(json.dumps({"gpu": gpu, "layout": layout}) + "\n")
 
 
 if __name__ == "__main__":

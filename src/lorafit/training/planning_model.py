@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from lorafit.training.loss import FullLogits, HeadRows, KeptColumns, SupervisedL
 from lorafit.training.models import Located
 from lorafit.training.objectives import Classes, NextToken, Objective
 from lorafit.training.packing import PackingCollator
-from lorafit.training.packing_trial import decide
 from lorafit.training.planning_machine import Rates
 from lorafit.training.planning_shades import Ledger, held_bytes, shades
+from lorafit.training.prefix_trial import undisturbed
+from lorafit.training.prepare import check_unpacked, lay_out
+from lorafit.training.quantised import STORAGES, check_plain, layers, shapes, sketch
+from lorafit.training.recompute_cheap import CheapAgain, Keeping, KeepsAll, find_places
 
 
 @final
@@ -38,12 +41,14 @@ class Sizes:
         adapter: what is trained, and what comes with it.
         gradients: of what is trained.
         optimizer: its state.
+        loading: of the base while it is loaded, where that is more than what is kept of it.
     """
 
     base: int
     adapter: int
     gradients: int
     optimizer: int
+    loading: int = 0
 
     @property
     def total(self) -> int:
@@ -84,6 +89,7 @@ class Skeleton:
         told: how batches are laid out, in a sentence.
         sizes: what is held all the time.
         arguments: of the trainer.
+        keeping: what a forward pass keeps for the backward pass.
     """
 
     model: Any
@@ -93,6 +99,7 @@ class Skeleton:
     told: str
     sizes: Sizes
     arguments: TrainingArguments
+    keeping: Keeping
 
     def places(self, records: Sequence[Any]) -> int:
         """How many tokens a batch of these records has, padding included."""
@@ -103,7 +110,8 @@ class Skeleton:
 
         def run(batch: Mapping[str, Tensor]) -> None:
             self.model.train()
-            loss = self.objective.loss(self.model, batch, None)
+            with self.keeping.over():
+                loss = self.objective.loss(self.model, batch, None)
             loss.backward()  # type: ignore[no-untyped-call]
 
         try:
@@ -172,7 +180,7 @@ def skeleton(
         LorafitError: the settings do not fit the model, as in a run.
         NotTraceableError: it needs values.
     """
-    model, head = _model(located, data, pad, dtype)
+    model, head, based = _model(settings, located, data, pad, dtype)
     with _traceable("the adapter"), Ledger():
         handle = attach(
             model,
@@ -188,10 +196,46 @@ def skeleton(
         model.activation_checkpointing_enable(dict(arguments.activation_checkpointing_kwargs or {}))
         model.disable_input_require_grads()
     objective, layout, told = _trained(settings, arguments, model, data, pad)
-    return Skeleton(model, handle, objective, layout, told, _sizes(model, handle, arguments), arguments)
+    shortest: list[Any] = sorted(data.train, key=len)[:2]
+    keeping = _keeping(settings, arguments, model, objective, layout(shortest))
+    return Skeleton(model, handle, objective, layout, told, _sizes(model, handle, arguments, based), arguments, keeping)
 
 
-def _model(located: Located, data: Data | LabelledData, pad: int, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _keeping(
+    settings: Settings, arguments: TrainingArguments, model: Any, objective: Objective, batch: Mapping[str, Tensor]
+) -> Keeping:
+    """What a run finds to be computed again, found on shades; that gradients stay the same is left to the run."""
+    if settings.recompute != "cheap":
+        return KeepsAll()
+    with _traceable("a forward pass"), undisturbed(model, torch.device("cpu")), Ledger(), _autocast(arguments):
+        places = find_places(model, lambda: objective.loss(model, batch, None))
+    return CheapAgain(places) if places.modules else KeepsAll()
+
+
+class _Base(NamedTuple):
+    """What a quantised base takes otherwise than its shades do: bytes more or less, and bytes while it is loaded."""
+
+    beside: int = 0
+    loading: int = 0
+
+
+def _quantised(name: str, model: Any, saved: Sequence[str], *, causal: bool) -> _Base:
+    """Gives a model on the meta device the layers that the run will have; NF4 is formed as int8 rows are."""
+    storage = STORAGES.get(name)
+    if storage is None:
+        return _Base()
+    storage.check()
+    whole = held_bytes([*model.parameters(), *model.buffers()]) if storage.whole or not causal else 0
+    paths, _ = layers(model, saved, storage)
+    known = shapes(model, paths)
+    sketch(model, paths)
+    own, sketched = (sum(one.bytes(*shape) for shape in known) for one in (storage, STORAGES["int8"]))
+    return _Base(own - sketched, whole)
+
+
+def _model(
+    settings: Settings, located: Located, data: Data | LabelledData, pad: int, dtype: torch.dtype
+) -> tuple[Any, list[str], _Base]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     try:
@@ -211,8 +255,12 @@ def _model(located: Located, data: Data | LabelledData, pad: int, dtype: torch.d
             expected="a model directory, or a hub name that can be reached",
             fix="mend the name, or leave model out for the embedded default",
         ) from error
+    if settings.quantise in STORAGES:
+        check_plain(located)
+    saved = list(dict.fromkeys([*settings.modules_to_save, *head]))
+    based = _quantised(settings.quantise, model, saved, causal=isinstance(data, Data))
     shades(model)
-    return model, head
+    return model, head, based
 
 
 def _head(model: Any) -> list[str]:
@@ -234,19 +282,13 @@ def _trained(
     settings: Settings, arguments: TrainingArguments, model: Any, data: Data | LabelledData, pad: int
 ) -> tuple[Objective, Collator | LabelCollator | PackingCollator, str]:
     if isinstance(data, LabelledData):
+        check_unpacked(settings)
         return Classes(), LabelCollator(pad), ""
     loss, plain = _loss(model, arguments.device), Collator(pad)
     # Nobody can try whether this model keeps records apart in a row. Most do: all losses count as equal here.
     agreeing: Any = lambda model, batch: 0.0  # noqa: E731
-    decision = decide(
-        settings.packing,
-        model,
-        loss if isinstance(loss, FullLogits) else agreeing,
-        data.train,
-        plain,
-        batch_size=arguments.train_batch_size,
-        seed=settings.seed,
-    )
+    tried = loss if isinstance(loss, FullLogits) else agreeing
+    decision = lay_out(settings, arguments, model, tried, data, plain)
     return NextToken(loss), decision.collator, decision.told
 
 
@@ -275,13 +317,14 @@ def _ends_in(model: Any, head: nn.Module) -> bool:
     return len(given) == 1 and (logits is given[0] or logits.dtype != given[0].dtype)
 
 
-def _sizes(model: Any, handle: Handle, arguments: TrainingArguments) -> Sizes:
+def _sizes(model: Any, handle: Handle, arguments: TrainingArguments, based: _Base) -> Sizes:
     trained = handle.parameters()
     own = {id(one) for entry in handle.entries().values() for one in (*entry.parameters(), *entry.buffers())}
     everything = [*model.parameters(), *model.buffers()]
     adapter = held_bytes(one for one in everything if id(one) in own)
     gradients = sum(one.numel() * one.element_size() for one in trained)
-    return Sizes(held_bytes(everything) - adapter, adapter, gradients, int(gradients * _state_ratio(arguments)))
+    base = held_bytes(everything) - adapter + based.beside
+    return Sizes(base, adapter, gradients, int(gradients * _state_ratio(arguments)), based.loading)
 
 
 def _state_ratio(arguments: TrainingArguments) -> float:

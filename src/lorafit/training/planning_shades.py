@@ -28,16 +28,21 @@ REAL = 2**14
 
 @final
 class Shade(Tensor):
-    """A tensor without memory; `meta` has its shape and its aliases."""
+    """A tensor without memory; `meta` has its shape and its aliases.
+
+    Its values are not known, but where they came from is: two with one `origin` would be equal.
+    """
 
     meta: Tensor
+    origin: object
 
     @staticmethod
-    def __new__(cls, meta: Tensor) -> Shade:
+    def __new__(cls, meta: Tensor, origin: object = None) -> Shade:
         make: Any = Tensor._make_wrapper_subclass
         layout = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
         made: Shade = make(cls, meta.shape, dtype=meta.dtype, device=torch.device("cpu"), **layout)
         made.meta = meta
+        made.origin = object() if origin is None else origin
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -78,6 +83,10 @@ class _Storage:
 
     def data_ptr(self) -> int:
         return id(self._of)
+
+    def _weak_ref(self) -> Any:
+        """As torch's own references to storages ask for it."""
+        return self._of._weak_ref()
 
     def nbytes(self) -> int:
         return self._of.nbytes()
@@ -170,6 +179,8 @@ def shaded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation on the meta device, its results as shades."""
     if func is aten._local_scalar_dense.default:
         return 0  # nobody knows: what branches on a value takes the way of zero
+    if func is aten.equal.default:
+        return args[0].shape == args[1].shape and _origin(args[0]) == _origin(args[1])
     if func is aten.index.Tensor:
         args = (args[0], [part for one in args[1] for part in _places(one)])
     inner = {name: value for name, value in kwargs.items() if name != "generator"}
@@ -179,9 +190,38 @@ def shaded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = shape(*_mapped(_meta, args), **_mapped(_meta, inner))
     # An operation in place gives back what it was given.
     known = {id(one.meta): one for one in _leaves((args, kwargs)) if isinstance(one, Shade)}
-    return _mapped(
-        lambda one: (Shade(one) if id(one) not in known else known[id(one)]) if isinstance(one, Tensor) else one, out
-    )
+    origin = _made_by(func, args, kwargs)
+    if func._schema.is_mutable:
+        for one in known.values():
+            one.origin = origin  # of which it was changed nobody asks: that it is another now is enough
+    several = isinstance(out, list | tuple)
+    places = iter(range(len(_leaves(out))))
+
+    def shade(one: Any) -> Any:
+        place = next(places)
+        if not isinstance(one, Tensor):
+            return one
+        return known[id(one)] if id(one) in known else Shade(one, (origin, place) if several else origin)
+
+    return _mapped(shade, out)
+
+
+def _made_by(func: Any, args: Any, kwargs: Mapping[str, Any]) -> object:
+    """What tells a result from all others: the operation and what went in; nothing of the kind for random ones."""
+    if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
+        return object()
+    if func in (aten.detach.default, aten.alias.default):
+        return _origin(args[0])
+    given = [_origin(one) if isinstance(one, Tensor) else repr(one) for one in _leaves((args, dict(kwargs)))]
+    # The order of the two factors of a product changes no bit of it.
+    return hash((func, *(sorted(given, key=hash) if func is aten.mul.Tensor else given)))
+
+
+def _origin(one: Tensor) -> object:
+    """Of a real tensor its values, which are few."""
+    if isinstance(one, Shade):
+        return one.origin
+    return hash((one.dtype, tuple(one.shape), repr(one.tolist()))) if one.device.type != "meta" else object()
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -28,10 +28,11 @@ from lorafit.training.data import (
 from lorafit.training.embedded_data import embedded_data_path
 from lorafit.training.examples import Labelled
 from lorafit.training.loss import SupervisedLoss
-from lorafit.training.models import Located, choose_dtype, load_causal, load_classifier, load_tokenizer, locate
+from lorafit.training.models import Located, choose_dtype, load_classifier, load_tokenizer, locate
 from lorafit.training.objectives import Classes, NextToken, Objective
 from lorafit.training.packing import PackingCollator
-from lorafit.training.packing_trial import decide
+from lorafit.training.packing_trial import Decision, decide
+from lorafit.training.quantised import check_quantise, load_base, quantise_loaded
 from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Sample
 
@@ -78,6 +79,7 @@ class Task:
 
 def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
     """The arguments of `transformers.Trainer`. Raises `ConfigError` where they do not go together."""
+    check_quantise(settings.quantise, compiles=settings.compile)
     options = checkpointing(settings.recompute, settings.training, compiles=settings.compile)
     for old, new in RENAMED.items():
         if old in options and new in TrainingArguments.__dataclass_fields__:
@@ -140,11 +142,30 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     pad = tokenizer.pad_token_id
     fingerprint = _fingerprint(data)
     if isinstance(data, Data):
-        model = load_causal(located, dtype)
+        model, told = load_base(settings.quantise, located, dtype, settings.modules_to_save)
+        _say(notify, told)
         loss = SupervisedLoss.prepare(model)
         plain = Collator(pad)
-        layout = _layout(settings, arguments, model, loss, data, plain, notify)
-        return Task(model, tokenizer, located, data, data.samples, NextToken(loss), plain, layout, [], fingerprint)
+        decision = lay_out(settings, arguments, model, loss, data, plain)
+        _say(notify, decision.told)
+        objective = NextToken(loss)
+        return Task(model, tokenizer, located, data, data.samples, objective, plain, decision.collator, [], fingerprint)
+    check_unpacked(settings)
+    model, head = load_classifier(located, dtype, data.labels, pad, seed=settings.seed)
+    if head:
+        notify(f"new in this model, and trained in full: {', '.join(head)}")
+    _say(notify, quantise_loaded(settings.quantise, model, [*settings.modules_to_save, *head]))
+    labelled = LabelCollator(pad)
+    return Task(model, tokenizer, located, data, [], Classes(), labelled, labelled, head, fingerprint)
+
+
+def _say(notify: Notify, text: str) -> None:
+    if text:
+        notify(text)
+
+
+def check_unpacked(settings: Settings) -> None:
+    """Raises `ConfigError` if a classifier's records are to share rows."""
     if settings.packing is True:
         raise ConfigError(
             "a classifier cannot have several records in a row",
@@ -153,22 +174,16 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
             expected="a language model: a classifier reads its answer off a row's end",
             fix="leave packing out",
         )
-    model, head = load_classifier(located, dtype, data.labels, pad, seed=settings.seed)
-    if head:
-        notify(f"new in this model, and trained in full: {', '.join(head)}")
-    labelled = LabelCollator(pad)
-    return Task(model, tokenizer, located, data, [], Classes(), labelled, labelled, head, fingerprint)
 
 
-def _layout(
-    settings: Settings,
-    arguments: TrainingArguments,
-    model: Any,
-    loss: SupervisedLoss,
-    data: Data,
-    plain: Collator,
-    notify: Notify,
-) -> Collator | PackingCollator:
+def lay_out(
+    settings: Settings, arguments: TrainingArguments, model: Any, loss: SupervisedLoss, data: Data, plain: Collator
+) -> Decision:
+    """Whether records share rows, by settings, data and model: for a run and for its plan.
+
+    Raises:
+        ConfigError: they are to, and cannot.
+    """
     wanted = settings.packing
     if wanted is not False and arguments.include_num_input_tokens_seen == "non_padding":
         if wanted is True:
@@ -180,18 +195,8 @@ def _layout(
                 fix="leave include_num_input_tokens_seen out: the records count tokens anyway",
             )
         wanted = False
-    decision = decide(
-        wanted,
-        model,
-        loss,
-        data.train,
-        plain,
-        batch_size=arguments.train_batch_size,
-        seed=settings.seed,
-    )
-    if decision.told:
-        notify(decision.told)
-    return decision.collator
+    size = arguments.train_batch_size
+    return decide(wanted, model, loss, data.train, plain, batch_size=size, seed=settings.seed)
 
 
 def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> Data | LabelledData:

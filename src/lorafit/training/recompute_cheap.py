@@ -182,7 +182,7 @@ def make_cheap(
         How to run, and a sentence for the user.
     """
     with undisturbed(model, device):
-        places = _places(model, lambda: loss(batch))
+        places = find_places(model, lambda: loss(batch))
         if not places.modules:
             return KeepsAll(), "recompute has no effect: this model has no norms or activations of the known kind"
         keeping = CheapAgain(places)
@@ -198,7 +198,7 @@ def make_cheap(
     return KeepsAll(), "recompute is off: gradients of this model would not stay the same"
 
 
-def _places(model: nn.Module, run: Callable[[], object]) -> Places:
+def find_places(model: nn.Module, run: Callable[[], object]) -> Places:
     """The modules whose output follows cheaply from their input, and the products, seen in one forward pass."""
     leaves = [module for _, module, _ in walk(model) if _may_be_cheap(module)]
     siblings = {child: tuple(parent.children()) for _, parent, _ in walk(model) for child in parent.children()}

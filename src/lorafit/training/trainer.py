@@ -23,7 +23,7 @@ from lorafit.handle import Handle
 from lorafit.state import load_state, save_state
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.folder import COMPLETE, without
-from lorafit.training.objectives import Objective
+from lorafit.training.objectives import Objective, mean_loss
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.recompute import FrozenInputs
 from lorafit.training.recompute_cheap import Keeping, KeepsAll
@@ -244,7 +244,7 @@ class AdapterTrainer(Trainer):
         finally:
             model.train(was_training)
         total, count, correct = self.accelerator.reduce(sums, "sum").tolist()
-        loss = total / count
+        loss = mean_loss(total, count)
         self.last_evaluated, self.last_loss = self.state.global_step, loss
         seconds = time.perf_counter() - started
         self.last_rate = tokens / seconds
