@@ -125,9 +125,10 @@ def test_eval_of_no_records_is_refused(lorafit: Callable[..., Any], llama: Path,
 def test_eval_of_records_without_a_learnt_token_is_refused(
     lorafit: Callable[..., Any], llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafit.training.loss import LossSum, SupervisedLoss
+    from lorafit.training.loss import Losses, SupervisedLoss
 
-    monkeypatch.setattr(SupervisedLoss, "sums", lambda *_: LossSum(torch.zeros(()), 0))
+    nothing = Losses(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    monkeypatch.setattr(SupervisedLoss, "each", lambda *_: nothing)
     result = lorafit("eval", "--base", "--model", llama, "--data", sums)
     assert result.status == 1 and "nothing to measure" in result.err and "fix:" in result.err
     assert "nan" not in result.out

@@ -21,7 +21,8 @@ import lorafit as lf
 from lorafit.report import read_records, write_report
 from lorafit.training import dropping
 from lorafit.training.config import resolve
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 from lorafit.training.trainer import AdapterTrainer
 
 Run = Callable[..., Outcome]

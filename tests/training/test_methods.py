@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import lorafit as lf
 from lorafit.report import write_report
 from lorafit.training.config import resolve
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 from lorafit.training.trainer import AdapterTrainer
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -45,7 +45,8 @@ from lorafit.training.packing import (
     shared_beginning,
 )
 from lorafit.training.packing_trial import Decision, decide
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 from lorafit.training.sequences import IGNORED, Encoded
 
 VOCABULARY = 61

@@ -30,7 +30,8 @@ from lorafit.training.prefix_layers import find_stack
 from lorafit.training.prefix_pieces import pieces
 from lorafit.training.prefix_store import INDEX, STATES, PrefixStore
 from lorafit.training.prefix_trial import NotConstantError, Subject, attempt
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 from lorafit.training.sequences import Encoded
 
 UPPER = r".*layers\.[23]\..*_proj"

@@ -25,7 +25,8 @@ from lorafit.training import quantised
 from lorafit.training.config import resolve
 from lorafit.training.models import Located
 from lorafit.training.quantised import Nf4, load_base, quantise_loaded
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 from lorafit.training.trainer import AdapterTrainer
 
 ASIDE = Path(sys.prefix) / "quant"

@@ -19,7 +19,8 @@ from lorafit.errors import ConfigError
 from lorafit.training.config import resolve
 from lorafit.training.recompute import checkpointing
 from lorafit.training.recompute_cheap import CheapAgain, KeepsAll, make_cheap
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 
 SIZES = {
     "vocab_size": 64,

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 import lorafit as lf
 from lorafit.training.config import resolve
-from lorafit.training.run import Outcome, train
+from lorafit.training.outcome import Outcome
+from lorafit.training.run import train
 
 QUIET = Console(quiet=True)
 Run = Callable[..., Outcome]

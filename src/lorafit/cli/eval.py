@@ -147,12 +147,12 @@ def measure(loaded: Loaded, held: HeldOut, described: Description, batch_size: i
     objective = Classes() if classifies else NextToken(SupervisedLoss.prepare(loaded.model))
     collate: Any = LabelCollator(pad) if classifies else Collator(pad)
     records: list[Any] = sorted(held.records, key=len)  # alike in length: little padding
-    sums = torch.zeros(3, dtype=torch.float64)
+    parts = []
     with torch.no_grad():
         for start in range(0, len(records), batch_size):
             batch = {key: value.to(device) for key, value in collate(records[start : start + batch_size]).items()}
-            sums += objective.tally(loaded.model, batch).stacked().cpu()
-    total, count, correct = sums.tolist()
+            parts.append(objective.tally(loaded.model, batch).stacked())
+    total, count, correct = torch.cat(parts).sum(dim=0).tolist()
     loss = mean_loss(total, count)
     return Score(loss, math.exp(min(loss, 700)), correct / count if classifies else None, int(count))
 

@@ -17,7 +17,7 @@ from lorafit.errors import MissingExtraError
 if TYPE_CHECKING:
     from lorafit.report.summary import Summary
     from lorafit.training.config import Settings
-    from lorafit.training.run import Outcome, Shown
+    from lorafit.training.outcome import Outcome, Shown
 
 Last = Literal["verdict", "report"]
 
@@ -55,10 +55,21 @@ def finish(settings: Settings, command: str, screen: Screen, *, last: Last) -> N
     classifies = summary.after is not None and summary.after.accuracy is not None
     screen.say(f"adapter: {outcome.adapter}", whole=True)
     screen.say(f"try it:  lorafit {'eval' if classifies else 'chat'} {outcome.adapter}", whole=True)
+    for line in told(outcome):
+        screen.say(line)
     lines = [f"report:  {report}" if report else "report:  not written", verdict(outcome, classifies)]
     for line in lines if last == "verdict" else reversed(lines):
         screen.say(line, whole=True)
     screen.result(_as_json(outcome, report, summary))
+
+
+def told(outcome: Outcome) -> list[str]:
+    """The verdict on the run, what to do about it, and which adapter was kept."""
+    found = outcome.verdict
+    if found is None:
+        return []
+    kept = [] if found.kept is None else [f"kept: the adapter of step {found.kept:,}, which has the lowest loss"]
+    return [found.sentence, *(f"hint: {each}" for each in found.hints), *kept]
 
 
 def verdict(outcome: Outcome, classifies: bool) -> str:
@@ -154,5 +165,6 @@ def _as_json(outcome: Outcome, report: Path | None, summary: Summary | None) -> 
         "seconds": outcome.seconds,
         "tokens_per_second": None if summary is None else summary.tokens_per_second,
         "peak_rss_bytes": outcome.peak_rss_bytes,
+        "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
         "samples": [asdict(one) for one in outcome.shown],
     }

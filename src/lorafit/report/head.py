@@ -73,6 +73,26 @@ def remarks(run: Run) -> str:
     return f'<aside class="remarks" aria-label="Remarks on the records"><ul>{rows}</ul></aside>'
 
 
+def verdict(run: Run) -> str:
+    """What became of the run, what to do about it, and which adapter was kept."""
+    found = run.verdict
+    if found is None:
+        return ""
+    kept = [] if found.kept is None else [f"The adapter of step {found.kept:,} was kept: its loss is the lowest."]
+    rows = "".join(f"<li>{escape(each)}</li>" for each in [*map(_sentence, found.hints), *kept])
+    return f"""
+<section class="verdict" aria-label="Verdict" data-kind="{escape(found.kind)}">
+  <h2>{escape(found.kind)}</h2>
+  <p>{escape(_sentence(found.sentence))}</p>
+  {f"<ul>{rows}</ul>" if rows else ""}
+</section>"""
+
+
+def _sentence(words: str) -> str:
+    """Words that follow a label, as a sentence of their own."""
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith('.') else '.'}"
+
+
 def headline(run: Run, summary: Summary) -> str:
     """The result in big numbers, and what it took."""
     time = []

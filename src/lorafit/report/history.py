@@ -23,18 +23,19 @@ from lorafit.report.records import (
     Saved,
     Schedule,
     Step,
+    Verdict,
 )
 
 _Stepped = TypeVar("_Stepped", Step, Evaluation, Saved, Schedule, Anatomy)
 
 _COMMON: Final = frozenset({"event", "time", "elapsed", "nonfinite", "repaired"})
-_FREE: Final = frozenset({"environment", "data"})
+_FREE: Final = frozenset({"environment", "data", "held_out"})
 _READ: Final[Mapping[str, frozenset[str]]] = {
     "run": frozenset({"run", "command", "resumed_from_step"}),
     "config": frozenset({"config", "resolved"}),
     **{
         kind.event: frozenset(part.name for part in fields(kind))
-        for kind in (Step, Evaluation, Sample, Saved, Drop, Schedule, Anatomy, End)
+        for kind in (Step, Evaluation, Sample, Saved, Drop, Schedule, Anatomy, Verdict, End)
     },
 }
 """The keys that are read of each event; all keys of the events in `_FREE` are."""
@@ -92,6 +93,7 @@ def read_records(path: Path | str) -> Run:
         drop=next((part.drop for part in reversed(parts) if part.drop is not None), None),
         schedules=schedules,
         anatomies=anatomies,
+        verdict=parts[-1].verdict,
     )
 
 
@@ -111,6 +113,7 @@ class _Part:
     drop: Drop | None
     schedules: tuple[Schedule, ...]
     anatomies: tuple[Anatomy, ...]
+    verdict: Verdict | None
 
     @property
     def trained(self) -> bool:
@@ -157,6 +160,7 @@ def _part(lines: Sequence[Line]) -> _Part:
         drop=next((Drop.read(line) for line in reversed(by[Drop.event])), None),
         schedules=tuple(Schedule.read(line) for line in by[Schedule.event]),
         anatomies=tuple(Anatomy.read(line) for line in by[Anatomy.event]),
+        verdict=next((Verdict.read(line) for line in reversed(by[Verdict.event])), None),
     )
 
 

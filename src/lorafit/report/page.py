@@ -77,6 +77,7 @@ def render(run: Run) -> str:
         masthead=head.masthead(run, summary),
         remarks=head.remarks(run),
         headline=head.headline(run, summary),
+        verdict=head.verdict(run),
         curves=_curves(run, curves),
         importance=importance.section(run),
         ranks=ranks.section(run, "".join(map(_frame, budget))),

@@ -226,6 +226,35 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What became of the run, as it judged itself. What was not recorded is None.
+
+    Attributes:
+        kind: in a word.
+        sentence: the same with its numbers.
+        hints: what to do about it.
+        kept: the step of the adapter that was kept; None for the last one.
+    """
+
+    event: ClassVar[str] = "verdict"
+
+    kind: str
+    sentence: str
+    hints: tuple[str, ...]
+    kept: int | None
+
+    @classmethod
+    def read(cls, line: Line) -> Verdict:
+        """The verdict that `line` records."""
+        return cls(
+            kind=line.needed("kind", line.text),
+            sentence=line.needed("sentence", line.text),
+            hints=line.texts("hints"),
+            kept=line.count("kept"),
+        )
+
+
+@dataclass(frozen=True)
 class End:
     """How a process ended. What was not recorded is None."""
 
@@ -301,6 +330,7 @@ class Run:
         drop: the choice of sites, where the method made one.
         schedules: where the method's schedule stood, in order, each step once.
         anatomies: how far lengths and directions had moved, in order, each step once.
+        verdict: what became of it, once it was done.
     """
 
     path: Path
@@ -317,6 +347,7 @@ class Run:
     drop: Drop | None = None
     schedules: tuple[Schedule, ...] = ()
     anatomies: tuple[Anatomy, ...] = ()
+    verdict: Verdict | None = None
 
     @property
     def end(self) -> End | None:

@@ -20,6 +20,11 @@ TOKENS = "tokens"
 """Key of a batch under which it says how many tokens its records have, where no attention mask tells; no model's."""
 
 
+RECORDS = "records"
+"""Key of a batch under which it says, (rows, width) int64, to which of its records each place belongs, where rows are
+not records; no model's."""
+
+
 def _padded(rows: Sequence[Sequence[int]], value: int, multiple: int | None) -> Tensor:
     """(batch, longest) int64, the rows on the left and `value` on their right."""
     width = max(map(len, rows))

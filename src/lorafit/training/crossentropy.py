@@ -10,7 +10,7 @@ This module knows nothing of models: a head is anything that maps `[n, hidden]` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -87,6 +87,22 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, *, through
         for rows, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     ]
     return torch.stack(sums).sum()
+
+
+def each_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, *, through_head: bool, chunk: int) -> Tensor:
+    """Minus the log-probability of each of `targets`, `[rows]`; else as `summed_cross_entropy`. Keeps no gradient."""
+    with torch.no_grad():
+        chunk = _even(len(targets), chunk)
+        parts = [
+            F.cross_entropy(logits.to(_precise(logits)), wanted, reduction="none")
+            for logits, wanted in _logits_of(hidden, targets, head, chunk)
+        ]
+        return torch.cat(parts)
+
+
+def _logits_of(hidden: Tensor, targets: Tensor, head: Head, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
+        yield head(rows), wanted
 
 
 def needs_autograd(logits: Tensor) -> bool:

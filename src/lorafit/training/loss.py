@@ -18,15 +18,21 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.errors import DataError, TrainingError
 from lorafit.rest import at_rest
-from lorafit.training.batches import TOKENS
-from lorafit.training.crossentropy import FrozenMatrix, Head, needs_autograd, summed_cross_entropy
+from lorafit.training.batches import RECORDS, TOKENS
+from lorafit.training.crossentropy import (
+    FrozenMatrix,
+    Head,
+    each_cross_entropy,
+    needs_autograd,
+    summed_cross_entropy,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +55,24 @@ class LossSum(NamedTuple):
 
     total: Tensor
     tokens: int
+
+
+class Losses(NamedTuple):
+    """A loss before it is summed.
+
+    Attributes:
+        values: `[learnt tokens]`, float32, the loss of each.
+        records: `[learnt tokens]`, int64, to which record of the batch each belongs, from 0.
+    """
+
+    values: Tensor
+    records: Tensor
+
+
+class _Reduce(Protocol):
+    """What becomes of hidden states under a head: `summed_cross_entropy` or `each_cross_entropy`."""
+
+    def __call__(self, hidden: Tensor, targets: Tensor, head: Head, *, through_head: bool, chunk: int) -> Tensor: ...
 
 
 class _Learnt(NamedTuple):
@@ -117,7 +141,7 @@ class SupervisedLoss(ABC):
                 expected="at least one label that is a token",
                 fix="leave out records without an answer; max_length may have cut it off",
             )
-        total = self._total(model, batch, learnt, own_terms=True)
+        total = self._reduced(model, batch, learnt, summed_cross_entropy, own_terms=True)
         if num_items_in_batch is None:
             return total / count
         if isinstance(num_items_in_batch, Tensor):
@@ -128,11 +152,27 @@ class SupervisedLoss(ABC):
     def sums(self, model: nn.Module, batch: Batch) -> LossSum:
         """The cross-entropy to evaluate by, to be added up over batches. Call it under `torch.no_grad()`."""
         learnt = _Learnt.of(batch["labels"])
-        return LossSum(self._total(model, batch, learnt, own_terms=False), len(learnt.targets))
+        total = self._reduced(model, batch, learnt, summed_cross_entropy, own_terms=False)
+        return LossSum(total, len(learnt.targets))
+
+    @final
+    def each(self, model: nn.Module, batch: Batch) -> Losses:
+        """The cross-entropy of each learnt token. Call it under `torch.no_grad()`."""
+        learnt = _Learnt.of(batch["labels"])
+        values = self._reduced(model, batch, learnt, each_cross_entropy, own_terms=False)
+        # A token belongs to the record of the place from which it is predicted, the one before its own.
+        if RECORDS in batch:
+            records = batch[RECORDS][:, :-1]
+        else:
+            records = torch.arange(len(learnt.mask), device=learnt.mask.device)[:, None].expand_as(learnt.mask)
+        return Losses(values, records[learnt.mask].to(values.device))
 
     @abstractmethod
-    def _total(self, model: nn.Module, batch: Batch, learnt: _Learnt, *, own_terms: bool) -> Tensor:
-        """The sum over the learnt tokens; with `own_terms` also what the model adds to its loss, times their number."""
+    def _reduced(self, model: nn.Module, batch: Batch, learnt: _Learnt, reduce: _Reduce, *, own_terms: bool) -> Tensor:
+        """What `reduce` gives for the learnt tokens; with `own_terms` and a sum, what the model adds to its loss, too.
+
+        That is then times the number of learnt tokens.
+        """
 
 
 @final
@@ -147,21 +187,21 @@ class HeadRows(SupervisedLoss):
         self._options = options
         self._chunk = chunk
 
-    def _total(self, model: nn.Module, batch: Batch, learnt: _Learnt, *, own_terms: bool) -> Tensor:
+    def _reduced(self, model: nn.Module, batch: Batch, learnt: _Learnt, reduce: _Reduce, *, own_terms: bool) -> Tensor:
         if isinstance(model, nn.DataParallel):
             raise TrainingError(
                 "nn.DataParallel runs copies of the model in threads, which share the hook this loss needs",
                 fix="start one process for each device: torchrun --nproc-per-node=N",
             )
-        with _Tap(self._head, learnt, self._chunk) as tap:
+        with _Tap(self._head, learnt, reduce, self._chunk) as tap:
             model(**_inputs(batch), **self._options)
-        if tap.total is None:
+        if tap.result is None:
             raise TrainingError(
                 "the model's forward did not call the output head it had when the loss was prepared",
                 found=f"an output head of type {type(self._head).__name__}",
                 fix="prepare the loss after the last change to the model's modules and before compiling it",
             )
-        return tap.total
+        return tap.result
 
 
 class _Tap:
@@ -172,10 +212,11 @@ class _Tap:
     head is trained and goes on through the model as its logits.
     """
 
-    def __init__(self, head: nn.Module, learnt: _Learnt, chunk: int) -> None:
-        self.total: Tensor | None = None
+    def __init__(self, head: nn.Module, learnt: _Learnt, reduce: _Reduce, chunk: int) -> None:
+        self.result: Tensor | None = None
         self._head = head
         self._learnt = learnt
+        self._reduce = reduce
         self._chunk = chunk
         self._rows: Tensor | None = None
         self._busy = False
@@ -203,7 +244,7 @@ class _Tap:
             return None
         self._busy = True
         try:
-            self.total = summed_cross_entropy(
+            self.result = self._reduce(
                 self._rows,
                 self._learnt.targets.to(self._rows.device),
                 _bare(head, args[0], output),
@@ -213,7 +254,7 @@ class _Tap:
         finally:
             self._busy = False
         # DistributedDataParallel looks for unused parameters from the outputs: they must depend on what was used.
-        return output + 0.0 * self.total.to(output.dtype)
+        return output + 0.0 * self.result.sum().to(output.dtype)
 
 
 def _bare(head: nn.Module, row: Tensor, output: Tensor) -> Head:
@@ -252,11 +293,11 @@ class KeptColumns(SupervisedLoss):
         self._options = options
         self._chunk = chunk
 
-    def _total(self, model: nn.Module, batch: Batch, learnt: _Learnt, *, own_terms: bool) -> Tensor:
+    def _reduced(self, model: nn.Module, batch: Batch, learnt: _Learnt, reduce: _Reduce, *, own_terms: bool) -> Tensor:
         columns = learnt.mask.any(dim=0).nonzero().squeeze(1)
         logits = model(**_inputs(batch), **self._options, logits_to_keep=columns).logits
         mask = learnt.mask[:, columns].to(logits.device)
-        return _of_logits(logits[mask], learnt.targets, self._chunk)
+        return _of_logits(logits[mask], learnt.targets, reduce, self._chunk)
 
 
 @final
@@ -270,18 +311,19 @@ class FullLogits(SupervisedLoss):
         self._options = options
         self._chunk = chunk
 
-    def _total(self, model: nn.Module, batch: Batch, learnt: _Learnt, *, own_terms: bool) -> Tensor:
+    def _reduced(self, model: nn.Module, batch: Batch, learnt: _Learnt, reduce: _Reduce, *, own_terms: bool) -> Tensor:
         if own_terms and len(learnt.targets):
             mean: Tensor = model(**_inputs(batch), **self._options, labels=batch["labels"]).loss
             return mean.float() * len(learnt.targets)
         logits = model(**_inputs(batch), **self._options).logits
-        return _of_logits(logits[:, :-1][learnt.mask.to(logits.device)], learnt.targets, self._chunk)
+        rows = logits[:, :-1][learnt.mask.to(logits.device)]
+        return _of_logits(rows, learnt.targets, reduce, self._chunk)
 
 
-def _of_logits(logits: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def _of_logits(logits: Tensor, targets: Tensor, reduce: _Reduce, chunk: int) -> Tensor:
     targets = targets.to(logits.device)
     through_head = logits.dtype == torch.float16
-    return summed_cross_entropy(logits, targets, _unchanged, through_head=through_head, chunk=chunk)
+    return reduce(logits, targets, _unchanged, through_head=through_head, chunk=chunk)
 
 
 def _unchanged(logits: Tensor) -> Tensor:
@@ -289,7 +331,7 @@ def _unchanged(logits: Tensor) -> Tensor:
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key not in ("labels", TOKENS)}
+    return {key: value for key, value in batch.items() if key not in ("labels", TOKENS, RECORDS)}
 
 
 def chunk_for(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafit.errors import DataError
-from lorafit.training.batches import TOKENS
+from lorafit.training.batches import RECORDS, TOKENS
 from lorafit.training.loss import SupervisedLoss
 
 Batch = Mapping[str, Tensor]
@@ -20,18 +20,22 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over held-out data: `total` loss over `count` predictions, `correct` of them right (classification)."""
+    """A held-out batch, record by record, on the CPU in float64.
 
-    total: Tensor
-    count: Tensor
+    Attributes:
+        losses: (records,), the summed loss of each.
+        counts: (records,), the predictions of each.
+        correct: (records,), how many of them are right (classification); None where that is not counted.
+    """
+
+    losses: Tensor
+    counts: Tensor
     correct: Tensor | None
 
     def stacked(self) -> Tensor:
-        """As one float64 vector, so that processes can add theirs up; correct is -1 where it is not counted."""
-        correct = torch.tensor(-1.0) if self.correct is None else self.correct
-        return torch.stack(
-            [part.detach().to(self.total.device, torch.float64) for part in (self.total, self.count, correct)]
-        )
+        """(records, 3): losses, counts, correct, which is -1 where it is not counted."""
+        correct = torch.full_like(self.counts, -1) if self.correct is None else self.correct
+        return torch.stack([self.losses, self.counts, correct], dim=1)
 
 
 def mean_loss(total: float, count: float) -> float:
@@ -62,7 +66,7 @@ class Objective(ABC):
 
     @abstractmethod
     def tally(self, model: nn.Module, batch: Batch) -> Tally:
-        """The sums over one held-out batch."""
+        """The records of one held-out batch."""
 
     @abstractmethod
     def counted(self, batch: Batch) -> int:
@@ -88,8 +92,11 @@ class NextToken(Objective):
         return self._supervised(model, batch, num_items)
 
     def tally(self, model: nn.Module, batch: Batch) -> Tally:
-        sums = self._supervised.sums(model, batch)
-        return Tally(sums.total, torch.tensor(sums.tokens), None)
+        values, owners = (each.cpu() for each in self._supervised.each(model, batch))
+        number = int(batch[RECORDS].max()) + 1 if RECORDS in batch else len(batch["labels"])
+        nothing = torch.zeros(number, dtype=torch.float64)
+        losses = nothing.index_add(0, owners, values.double())
+        return Tally(losses, nothing.index_add(0, owners, torch.ones(len(owners), dtype=torch.float64)), None)
 
     def counted(self, batch: Batch) -> int:
         return int((batch["labels"][:, 1:] != -100).sum())
@@ -109,8 +116,8 @@ class Classes(Objective):
 
     def tally(self, model: nn.Module, batch: Batch) -> Tally:
         logits, labels = self._logits(model, batch)
-        right = (logits.argmax(-1) == labels).sum()
-        return Tally(F.cross_entropy(logits, labels, reduction="sum"), torch.tensor(len(labels)), right)
+        losses = F.cross_entropy(logits, labels, reduction="none").cpu().double()
+        return Tally(losses, torch.ones_like(losses), (logits.argmax(-1) == labels).cpu().double())
 
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])

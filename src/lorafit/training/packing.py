@@ -20,7 +20,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lorafit.training.batches import TOKENS, Collator
+from lorafit.training.batches import RECORDS, TOKENS, Collator
 from lorafit.training.sequences import IGNORED, Encoded
 
 PADDING = -1
@@ -213,7 +213,8 @@ class PackingCollator:
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """`input_ids`, `labels`, `position_ids`, perhaps `attention_mask`, (rows, width); or what `plain` gives.
 
-        `TOKENS` is a scalar: the tokens of the records, as if each had a row of its own.
+        `TOKENS` is a scalar: the tokens of the records, as if each had a row of its own. `RECORDS` says whose each
+        place is; a beginning that records share, in which nothing is learnt, is the last one's there.
         """
         layout = best_layout(batch, self.limits)
         return self.plain(batch) if layout is None else self.packed(batch, layout)
@@ -231,6 +232,9 @@ class PackingCollator:
             "input_ids": stacked([row.ids for row in rows], self.plain.pad_token_id),
             "labels": stacked([row.labels for row in rows], IGNORED),
             **self.isolation.inputs(stacked([row.owners for row in rows], PADDING), torch.tensor(positions)),
+            RECORDS: stacked(
+                [[places[owner - 1] for owner in row.owners] for row, places in zip(rows, layout.rows, strict=True)], 0
+            ),
             TOKENS: torch.tensor(sum(map(len, batch))),
         }
 

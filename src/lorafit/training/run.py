@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -28,8 +28,10 @@ from lorafit.training.callbacks import Announcing, Bar, Interrupt, Recording, Ti
 from lorafit.training.config import Settings
 from lorafit.training.data import LabelledData
 from lorafit.training.dropping import Trial, settle
-from lorafit.training.folder import LABELS, RunFolder, open_folder
+from lorafit.training.folder import LABELS, open_folder
+from lorafit.training.judging import Judging
 from lorafit.training.models import default_rate
+from lorafit.training.outcome import Outcome, Shown, Told
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.prefix_run import shorten
 from lorafit.training.prepare import Task, prepare, training_arguments
@@ -47,46 +49,6 @@ PROBE = 8
 COST_OF_A_STEP = 3.0
 """A training step in forward passes of its tokens: the gradient of the input costs one more, adapters the rest, and
 evaluation has the larger batches. Measured on the embedded data."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One held-out question and its answers."""
-
-    prompt: str
-    gold: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        status: "done", "interrupted", or "already done" for a run that was finished before.
-        folder: where everything is.
-        adapter: the finished adapter (a checkpoint, if interrupted).
-        steps: optimizer steps done in all.
-        resumed_from: the step from which the last process went on.
-        eval_before, eval_after: held-out loss in nats per prediction, None without held-out data.
-        train_seconds: time in steps, in this process.
-        seconds: time in all, in this process.
-        peak_rss_bytes: peak memory of this process, None where the system does not tell.
-        shown: questions answered before and after.
-    """
-
-    status: str
-    folder: RunFolder
-    adapter: Path
-    steps: int
-    resumed_from: int
-    eval_before: float | None
-    eval_after: float | None
-    train_seconds: float
-    seconds: float
-    peak_rss_bytes: int | None
-    shown: tuple[Shown, ...]
 
 
 def train(settings: Settings, *, command: str, notify: Notify, console: Console) -> Outcome:
@@ -141,7 +103,7 @@ class _Run:
         done = self.folder.result()
         if done is not None:
             self.notify(f"this run is finished already: {self.folder.path}")
-            return self._finished(done)
+            return Outcome.read(done, self.folder)
         self.checkpoint = self.folder.checkpoint(self.notify)
         self.recorder.write("run", run=uuid.uuid4().hex[:12], command=self.command, resumed_from_step=self._step())
         try:
@@ -186,12 +148,22 @@ class _Run:
         self._announce(task, handle, trainer)
         held = _limited(task.data.eval, self.settings.eval_limit)
         self.prefix = shorten(trainer, task, self.settings, held, self.folder.path, self.notify)
+        judging = Judging(
+            trainer,
+            handle,
+            self.recorder,
+            self.folder.path,
+            keep_best=self.settings.keep_best,
+            stop=self.settings.early_stopping,
+        )
+        judging.recall(self._step())
         before = self._first_evaluation(trainer)
+        judging.add()
         self._estimate(task, trainer)
         first = self._first_answers(task, handle)
         interrupt, bar = Interrupt(self.notify), Bar(self.console, trainer.meter)
         timing, announcing = Timing(trainer.meter), Announcing(self.notify, handle)
-        for callback in (timing, announcing, Recording(self.recorder, timing, handle), interrupt, bar):
+        for callback in (timing, announcing, Recording(self.recorder, timing, handle), judging, interrupt, bar):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -200,7 +172,7 @@ class _Run:
             interrupt.restore()
         if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
             return self._interrupted(trainer, before)
-        return self._done(task, handle, trainer, before, first)
+        return self._done(task, handle, trainer, judging, before, first)
 
     def _attach(self, task: Task, method: Method) -> Handle:
         settings = self.settings
@@ -320,17 +292,28 @@ class _Run:
         step = trainer.state.global_step
         path = self.folder.path / f"checkpoint-{step}"
         outcome = self._outcome("interrupted", path, trainer, before, None, ())
-        self.recorder.write("end", **_figures(outcome), adapter=path.name, message="stopped by the user")
+        self.recorder.write("end", **outcome.figures(), adapter=path.name, message="stopped by the user")
         return outcome
 
     def _done(
-        self, task: Task, handle: Handle, trainer: AdapterTrainer, before: float | None, first: Sequence[str]
+        self,
+        task: Task,
+        handle: Handle,
+        trainer: AdapterTrainer,
+        judging: Judging,
+        before: float | None,
+        first: Sequence[str],
     ) -> Outcome:
-        self._tell_best(handle, trainer)
         after = None
         if trainer.eval_dataset is not None:
             evaluated = trainer.last_evaluated == trainer.state.global_step
             after = trainer.last_loss if evaluated else trainer.evaluate()["eval_loss"]
+        verdict, kept = judging.verdict(), judging.restore()
+        if judging.stopped is not None:
+            self.notify(f"stopped at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}: it overfits")
+        if kept is not None:
+            after = kept.mean
+        self._tell_best(handle, trainer)
         self.prefix.remove()
         last = answers(task.model, task.tokenizer, task.samples, self.settings.max_new_tokens)
         self._record_answers(task, last, "after")
@@ -342,10 +325,20 @@ class _Run:
             Shown(sample.prompt, sample.gold, old, new)
             for sample, old, new in zip(task.samples, first, last, strict=True)
         )
+        judging.remove()
         outcome = self._outcome("done", self.folder.adapter, trainer, before, after, shown)
-        self.recorder.write("end", **_figures(outcome), adapter=self.folder.adapter.name, message="")
+        if verdict is not None:
+            told = Told(verdict.kind.value, verdict.sentence, verdict.hints, trainer.restored)
+            outcome = replace(outcome, verdict=told)
+            self.recorder.write("verdict", **asdict(told))
+        self.recorder.write("end", **outcome.figures(), adapter=self.folder.adapter.name, message="")
         self.folder.finish(
-            {**_figures(outcome), "resumed_from": outcome.resumed_from, "shown": [asdict(one) for one in shown]}
+            {
+                **outcome.figures(),
+                "resumed_from": outcome.resumed_from,
+                "shown": [asdict(one) for one in shown],
+                "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
+            }
         )
         return outcome
 
@@ -385,21 +378,6 @@ class _Run:
             shown=shown,
         )
 
-    def _finished(self, done: dict[str, Any]) -> Outcome:
-        return Outcome(
-            status="already done",
-            folder=self.folder,
-            adapter=self.folder.adapter,
-            steps=done["steps"],
-            resumed_from=done["resumed_from"],
-            eval_before=done["eval_loss_before"],
-            eval_after=done["eval_loss_after"],
-            train_seconds=done["train_seconds"],
-            seconds=done["seconds"],
-            peak_rss_bytes=done["peak_rss_bytes"],
-            shown=tuple(Shown(**one) for one in done["shown"]),
-        )
-
 
 def fuse(task: Task, handle: Handle) -> None:
     """Has layers that read the same input computed as one: the start of the first record shows which."""
@@ -419,18 +397,6 @@ def _duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def _figures(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "status": outcome.status,
-        "steps": outcome.steps,
-        "seconds": outcome.seconds,
-        "train_seconds": outcome.train_seconds,
-        "peak_rss_bytes": outcome.peak_rss_bytes,
-        "eval_loss_before": outcome.eval_before,
-        "eval_loss_after": outcome.eval_after,
-    }
 
 
 def _limited(records: Sequence[Any], limit: int | None) -> Sequence[Any]:

@@ -23,10 +23,11 @@ from lorafit.handle import Handle
 from lorafit.state import load_state, save_state
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.folder import COMPLETE, without
-from lorafit.training.objectives import Objective, mean_loss
+from lorafit.training.objectives import Objective, Tally, mean_loss
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.recompute import FrozenInputs
 from lorafit.training.recompute_cheap import Keeping, KeepsAll
+from lorafit.training.verdict import Evaluation
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -172,6 +173,7 @@ class AdapterTrainer(Trainer):
         self.last_evaluated = -1
         self.last_rate = math.nan
         self.last_loss = math.nan
+        self.last_records: Evaluation | None = None
         self.restored: int | None = None
         self.prefix: Prefix = Computed()
         self.keeping: Keeping = KeepsAll()
@@ -231,7 +233,7 @@ class AdapterTrainer(Trainer):
         was_training = model.training
         model.eval()
         tokens = 0
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        parts = []
         try:
             # A loader draws from torch's generator: evaluating must not change what training draws next.
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -240,12 +242,14 @@ class AdapterTrainer(Trainer):
                     batch = self._prepare_inputs(batch)
                     with self.accelerator.autocast(), self.prefix.over(batch):
                         tally = self.objective.tally(model, batch)
-                    sums += tally.stacked().to(sums.device)
+                    parts.append(self._of_all(tally))
         finally:
             model.train(was_training)
-        total, count, correct = self.accelerator.reduce(sums, "sum").tolist()
-        loss = mean_loss(total, count)
+        losses, counts, right = torch.cat(parts).unbind(1) if parts else torch.zeros(3, 0, dtype=torch.float64)
+        count, correct = counts.sum().item(), right.sum().item()
+        loss = mean_loss(losses.sum().item(), count)
         self.last_evaluated, self.last_loss = self.state.global_step, loss
+        self.last_records = Evaluation.of(self.state.global_step, losses.tolist(), counts.tolist())
         seconds = time.perf_counter() - started
         self.last_rate = tokens / seconds
         metrics = {
@@ -259,6 +263,13 @@ class AdapterTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _of_all(self, tally: Tally) -> torch.Tensor:
+        """The records of a batch, those of other processes among them."""
+        if self.accelerator.num_processes == 1:
+            return tally.stacked()
+        gathered: torch.Tensor = self.accelerator.gather_for_metrics(tally.stacked().to(self.args.device))
+        return gathered.cpu()
 
     def forward_rate(self) -> float:
         """Tokens per second of a forward pass: as the last evaluation had it, else of one batch."""

@@ -1,0 +1,128 @@
+"""What a run does with its evaluations: keeps the best adapter, stops early if it is asked to, and has it judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, final
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from lorafit import files
+from lorafit.handle import Handle
+from lorafit.state import load_state, save_state
+from lorafit.training.record import Recorder
+from lorafit.training.trainer import AdapterTrainer
+from lorafit.training.verdict import Evaluation, Kind, Verdict, judge
+
+BEST = "best"
+STEP = "step.json"
+EVENT = "held_out"
+"""The record of an evaluation's losses, one for each held-out record."""
+LAST = 0.25
+"""The share of a run's steps whose training loss stands for that at its end."""
+
+
+@final
+class Judging(TrainerCallback):
+    """Follows the evaluations of one run.
+
+    Args:
+        trainer: evaluates.
+        handle: the adapter.
+        recorder: receives each evaluation's losses.
+        folder: the run's; the best adapter so far is kept in its folder `best`.
+        keep_best: whether it is kept, and put back at the end.
+        stop: whether the run ends once it overfits.
+    """
+
+    def __init__(
+        self,
+        trainer: AdapterTrainer,
+        handle: Handle,
+        recorder: Recorder,
+        folder: Path,
+        *,
+        keep_best: bool,
+        stop: bool,
+    ) -> None:
+        self._trainer = trainer
+        self._handle = handle
+        self._recorder = recorder
+        self._best = folder / BEST
+        self._keep_best = keep_best
+        self._stop = stop
+        self.evaluations: list[Evaluation] = []
+        self.stopped: Verdict | None = None
+
+    def recall(self, step: int) -> None:
+        """Takes up the evaluations that the records have up to `step`, from which the run goes on."""
+        known = {one.step: one for one in _recorded(self._recorder.path) if one.step <= step}
+        self.evaluations = [known[each] for each in sorted(known)]
+
+    def add(self) -> bool:
+        """Notes the evaluation that was just made, if there was none of that step; says whether it did."""
+        found = self._trainer.last_records
+        if found is None or any(one.step == found.step for one in self.evaluations):
+            return False
+        self.evaluations.append(found)
+        self._recorder.write(EVENT, step=found.step, losses=list(found.losses), counts=list(found.counts))
+        return True
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if not self.add():
+            return control
+        newest = self.evaluations[-1]
+        if self._keep_best and newest.step and newest.mean <= min(one.mean for one in self.evaluations):
+            save_state(self._handle, self._best)
+            files.write_text(self._best / STEP, json.dumps({"step": newest.step}))
+        if self._stop and state.global_step < state.max_steps:
+            found = judge(self.evaluations)
+            if found is not None and found.kind is Kind.OVERFITTING:
+                self.stopped = found
+                control.should_training_stop = True
+        return control
+
+    def restore(self) -> Evaluation | None:
+        """Puts the best adapter back if it is not the last one; gives its evaluation."""
+        if not self._keep_best or len(self.evaluations) < 2 or self._trainer.restored is not None:
+            return None
+        best = min(self.evaluations, key=lambda one: one.mean)
+        if best is self.evaluations[-1] or best.step == 0:
+            return None
+        if self._kept() != best.step:  # of steps that a kill took back, and that came out otherwise then
+            return None
+        load_state(self._handle, self._best)
+        self._trainer.restored = best.step
+        return best
+
+    def _kept(self) -> int | None:
+        path = self._best / STEP
+        return json.loads(path.read_text())["step"] if path.is_file() else None
+
+    def verdict(self) -> Verdict | None:
+        """The verdict on the run as it went, whatever adapter is kept of it."""
+        return judge(self.evaluations, self._trained())
+
+    def _trained(self) -> float | None:
+        history = [one for one in self._trainer.state.log_history if "loss" in one]
+        late = [one["loss"] for one in history if one["step"] > (1 - LAST) * self._trainer.state.global_step]
+        return sum(late) / len(late) if late else None
+
+    def remove(self) -> None:
+        """Takes the folder of the best adapter away, once the run has written its own."""
+        shutil.rmtree(self._best, ignore_errors=True)
+
+
+def _recorded(path: Path) -> Iterator[Evaluation]:
+    if not path.is_file():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that a kill cut off
+        if isinstance(record, dict) and record.get("event") == EVENT:
+            yield Evaluation.of(record["step"], record["losses"], record["counts"])

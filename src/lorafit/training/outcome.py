@@ -1,0 +1,100 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.training.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One held-out question and its answers."""
+
+    prompt: str
+    gold: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """The verdict on a run, for people and for files.
+
+    Attributes:
+        kind: in a word.
+        sentence: the same with its numbers.
+        hints: what to do about it.
+        kept: the step of the adapter that was kept, None for the last one.
+    """
+
+    kind: str
+    sentence: str
+    hints: tuple[str, ...]
+    kept: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        status: "done", "interrupted", or "already done" for a run that was finished before.
+        folder: where everything is.
+        adapter: the finished adapter (a checkpoint, if interrupted).
+        steps: optimizer steps done in all.
+        resumed_from: the step from which the last process went on.
+        eval_before, eval_after: held-out loss in nats per prediction, None without held-out data.
+        train_seconds: time in steps, in this process.
+        seconds: time in all, in this process.
+        peak_rss_bytes: peak memory of this process, None where the system does not tell.
+        shown: questions answered before and after.
+        verdict: what became of the run, None without held-out data.
+    """
+
+    status: str
+    folder: RunFolder
+    adapter: Path
+    steps: int
+    resumed_from: int
+    eval_before: float | None
+    eval_after: float | None
+    train_seconds: float
+    seconds: float
+    peak_rss_bytes: int | None
+    shown: tuple[Shown, ...]
+    verdict: Told | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """What the records and the result hold of it."""
+        return {
+            "status": self.status,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "eval_loss_before": self.eval_before,
+            "eval_loss_after": self.eval_after,
+        }
+
+    @classmethod
+    def read(cls, done: Mapping[str, Any], folder: RunFolder) -> Outcome:
+        """That of a run which was finished before."""
+        told = done.get("verdict")
+        return cls(
+            status="already done",
+            folder=folder,
+            adapter=folder.adapter,
+            steps=done["steps"],
+            resumed_from=done["resumed_from"],
+            eval_before=done["eval_loss_before"],
+            eval_after=done["eval_loss_after"],
+            train_seconds=done["train_seconds"],
+            seconds=done["seconds"],
+            peak_rss_bytes=done["peak_rss_bytes"],
+            shown=tuple(Shown(**one) for one in done["shown"]),
+            verdict=None if told is None else Told(**{**told, "hints": tuple(told["hints"])}),
+        )
