@@ -36,6 +36,7 @@ from lorafit.training import packing_trial
 from lorafit.training.batches import TOKENS, Collator
 from lorafit.training.config import resolve
 from lorafit.training.loss import SupervisedLoss
+from lorafit.training.outcome import Outcome
 from lorafit.training.packing import (
     Limits,
     Masked,
@@ -45,7 +46,6 @@ from lorafit.training.packing import (
     shared_beginning,
 )
 from lorafit.training.packing_trial import Decision, decide
-from lorafit.training.outcome import Outcome
 from lorafit.training.run import train
 from lorafit.training.sequences import IGNORED, Encoded
 

@@ -25,12 +25,12 @@ from lorafit.training.classify import EncodedLabel
 from lorafit.training.config import resolve
 from lorafit.training.loss import SupervisedLoss
 from lorafit.training.objectives import Classes
+from lorafit.training.outcome import Outcome
 from lorafit.training.packing import Layout, Limits, Masked, PackingCollator, Restarted
 from lorafit.training.prefix_layers import find_stack
 from lorafit.training.prefix_pieces import pieces
 from lorafit.training.prefix_store import INDEX, STATES, PrefixStore
 from lorafit.training.prefix_trial import NotConstantError, Subject, attempt
-from lorafit.training.outcome import Outcome
 from lorafit.training.run import train
 from lorafit.training.sequences import Encoded
 

@@ -24,8 +24,8 @@ from lorafit.quant.modules import Int8Layer
 from lorafit.training import quantised
 from lorafit.training.config import resolve
 from lorafit.training.models import Located
-from lorafit.training.quantised import Nf4, load_base, quantise_loaded
 from lorafit.training.outcome import Outcome
+from lorafit.training.quantised import Nf4, load_base, quantise_loaded
 from lorafit.training.run import train
 from lorafit.training.trainer import AdapterTrainer
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorafit as lf
 from lorafit.errors import ConfigError
 from lorafit.training.config import resolve
+from lorafit.training.outcome import Outcome
 from lorafit.training.recompute import checkpointing
 from lorafit.training.recompute_cheap import CheapAgain, KeepsAll, make_cheap
-from lorafit.training.outcome import Outcome
 from lorafit.training.run import train
 
 SIZES = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafit.cli import chat, check, demo, eval, merge, methods, plan, train  # noqa: A004 (a command is called eval)
+from lorafit.cli import chat, check, demo, eval, inspection, merge, methods, plan, train  # noqa: A004 (a command is called eval)
 from lorafit.cli.exits import USAGE
 from lorafit.cli.openended import OpenEnded, dashed
 from lorafit.cli.options import Debug
@@ -31,6 +31,7 @@ def command() -> Any:
     app.command("plan", help=_unwrapped(plan.plan), cls=OpenEnded, epilog=plan.EPILOG)(plan.plan)
     app.command("eval", help=_unwrapped(eval.evaluate))(eval.evaluate)
     app.command("chat", help=_unwrapped(chat.chat))(chat.chat)
+    app.command("inspect", help=_unwrapped(inspection.inspect))(inspection.inspect)
     app.command("merge", help=_unwrapped(merge.merge))(merge.merge)
     app.command("check", help=_unwrapped(check.check))(check.check)
     app.command("methods", help=_unwrapped(methods.methods))(methods.methods)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.probing import logits_of, probe_for
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 """By dtype of the weights: how far logits may move, as a share of the largest logit. The update is rounded into the
 weights, with 24, 11 or 8 bits; many layers add that up."""
-ROWS, LENGTH = 2, 24
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def merge(
     if trained != PLAIN:
         screen.say(f"it was trained over a base in {trained}, and is merged into the plain one")
     loaded = load(described, kind)
-    probe = _probe(loaded)
+    probe = probe_for(loaded.model)
     assert loaded.handle is not None
     with loaded.handle.disabled():
-        plain = _logits(loaded.model, probe)
-    adapted = _logits(loaded.model, probe)
+        plain = logits_of(loaded.model, probe)
+    adapted = logits_of(loaded.model, probe)
     untied = _fold(loaded, untie)
     if untied:
         screen.say("the weights are no longer tied: config.tie_word_embeddings is false")
@@ -118,28 +118,6 @@ def _stored_dtype(described: Description) -> str:
     from transformers import AutoConfig
 
     return str(AutoConfig.from_pretrained(described.located.path).dtype or "float32").removeprefix("torch.")
-
-
-def _probe(loaded: Loaded) -> dict[str, torch.Tensor]:
-    """Tokens from all over the vocabulary; the same for one model each time."""
-    import torch
-
-    size = loaded.model.get_input_embeddings().num_embeddings
-    ids = torch.randint(size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    # Most models end a text at the padding token, and a classifier looks for it: none may be in the midst.
-    pad = loaded.model.config.pad_token_id
-    if pad is not None:
-        ids[ids == pad] = pad ^ 1
-    ids = ids.to(next(loaded.model.parameters()).device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _logits(model: Any, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    with torch.no_grad():
-        logits: torch.Tensor = model(**probe).logits
-    return logits.float().cpu()
 
 
 def _fold(loaded: Loaded, untie: bool) -> bool:
@@ -219,7 +197,7 @@ def _compare(
             raise MergeError("the written model lacks weights", where=written, found=", ".join(missing))
     else:
         again = load_causal(place, kind)
-    merged = _logits(again.to(probe["input_ids"].device).eval(), probe)
+    merged = logits_of(again.to(probe["input_ids"].device).eval(), probe)
     largest = float(adapted.abs().max())
     found = Comparison(
         difference=float((merged - adapted).abs().max()),

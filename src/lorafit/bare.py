@@ -1,0 +1,104 @@
+"""A model of the layers that an adapter's file tells of, without their weights: to look at an adapter with no base.
+
+The shapes of A and B say what layer they belong to. Weights of zeros take no memory, whatever their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit import store
+from lorafit.errors import CheckpointError, some
+from lorafit.layouts import parse
+from lorafit.layouts.lora import EMBEDDING, MATRIX
+from lorafit.peft_layout import PREFIX
+
+CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""Dimensions of A → type of layer."""
+
+
+def bare_model(path: str | Path, name: str = "default") -> nn.Module:
+    """A model with the layers of an adapter's folder, under their paths; every weight is zero.
+
+    Args:
+        path: the adapter's folder, as for `lorafit.load`.
+        name: the adapter's name.
+
+    Raises:
+        CheckpointError: the files are damaged, or of a type whose files do not tell the sizes of the layers (VeRA, and
+            what only this library writes).
+    """
+    stored = store.read(Path(path), name)
+    layout, parsed, _ = parse(stored.config, stored.config_path)
+    locate = layout.locator(parsed)
+    sites: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.tensors.items():
+        if not key.startswith(PREFIX):
+            continue  # loading says what is wrong with it
+        rest = key[len(PREFIX) :]
+        place, own = locate(rest)
+        if place is not None:
+            sites.setdefault(place, {})[own] = tensor
+        else:
+            module, _, last = rest.rpartition(".")
+            copies.setdefault(module, {})[last] = tensor
+    root = nn.Module()
+    for place, tensors in sites.items():
+        _put(root, place, _layer(tensors, f"{stored.weights_path}: {place}"))
+    for place, tensors in copies.items():
+        _put(root, place, _holder(tensors))
+    return root
+
+
+def _layer(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+    down, up = (tensors.get(key) for key in MATRIX)
+    if down is not None and up is not None:
+        if down.dim() == 2:
+            return _hollow(nn.Linear(down.shape[1], up.shape[0], bias=False, device="meta"))
+        if down.dim() in CONVOLUTIONS:
+            kind: Any = CONVOLUTIONS[down.dim()]
+            return _hollow(kind(down.shape[1], up.shape[0], tuple(down.shape[2:]), bias=False, device="meta"))
+    down, up = (tensors.get(key) for key in EMBEDDING)
+    if down is not None and up is not None:
+        return _hollow(nn.Embedding(down.shape[1], up.shape[0], device="meta"))
+    raise CheckpointError(
+        "the file does not tell the size of this layer",
+        where=where,
+        found=some(tensors),
+        expected=f"{MATRIX[0]} and {MATRIX[1]}, or those of an embedding",
+        fix="give the base model, too: --base, or --model with its directory or name",
+    )
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """Gives a layer a weight of zeros that takes no memory."""
+    shape = module.weight.shape
+    assert isinstance(shape, torch.Size)
+    module.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+    return module
+
+
+def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module with tensors of these names and shapes, in whose place an adapter has its own."""
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(torch.zeros(tensor.shape), requires_grad=False))
+    return module
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, last = path.split(".")
+    place = root
+    for name in parents:
+        if name not in place._modules:
+            place.add_module(name, nn.Module())
+        child = place._modules[name]
+        assert child is not None
+        place = child
+    place.add_module(last, module)
