@@ -84,12 +84,13 @@ def spectrum(delta: Delta) -> Spectrum:
 @torch.no_grad()
 def row_norms(delta: Delta) -> Tensor:
     """The length of each row of a change, (out,), in double precision."""
+    squares: Tensor
     if isinstance(delta, Dense):
-        return delta.matrix.double().norm(dim=1)
-    up, down = _factors(delta)
-    squares = ((up @ (down @ down.mT)) * up).sum(dim=2)
-    lengths: Tensor = squares.clamp(min=0).sqrt().flatten()
-    return lengths
+        squares = delta.matrix.double().square().sum(dim=1)
+    else:
+        up, down = _factors(delta)
+        squares = ((up @ (down @ down.mT)) * up).sum(dim=2).flatten()
+    return squares.clamp(min=0).sqrt()
 
 
 @torch.no_grad()
