@@ -18,6 +18,8 @@ from lorafit.layouts import parse
 from lorafit.layouts.lora import EMBEDDING, MATRIX
 from lorafit.peft_layout import PREFIX
 
+TRIPLETS = ("lora_A", "lora_B")
+"""What AdaLoRA's files call the same two."""
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """Dimensions of A → type of layer."""
 
@@ -49,16 +51,23 @@ def bare_model(path: str | Path, name: str = "default") -> nn.Module:
             module, _, last = rest.rpartition(".")
             copies.setdefault(module, {})[last] = tensor
     root = nn.Module()
-    for place, tensors in sites.items():
+    for place, tensors in sorted(sites.items(), key=lambda pair: _counted(pair[0])):
         _put(root, place, _layer(tensors, f"{stored.weights_path}: {place}"))
     for place, tensors in copies.items():
         _put(root, place, _holder(tensors))
     return root
 
 
+def _counted(path: str) -> list[tuple[bool, int, str]]:
+    """Sorts layer 10 after layer 2, as files do not."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
+
+
 def _layer(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
-    down, up = (tensors.get(key) for key in MATRIX)
-    if down is not None and up is not None:
+    for keys in (MATRIX, TRIPLETS):
+        down, up = (tensors.get(key) for key in keys)
+        if down is None or up is None:
+            continue
         if down.dim() == 2:
             return _hollow(nn.Linear(down.shape[1], up.shape[0], bias=False, device="meta"))
         if down.dim() in CONVOLUTIONS:
