@@ -82,7 +82,7 @@ def verdict(run: Run) -> str:
     rows = "".join(f"<li>{escape(each)}</li>" for each in [*map(_sentence, found.hints), *kept])
     return f"""
 <section class="verdict" aria-label="Verdict" data-kind="{escape(found.kind)}">
-  <h2>{escape(found.kind)}</h2>
+  <h2>Verdict</h2>
   <p>{escape(_sentence(found.sentence))}</p>
   {f"<ul>{rows}</ul>" if rows else ""}
 </section>"""
