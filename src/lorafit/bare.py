@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafit import store
 from lorafit.errors import CheckpointError, some
+from lorafit.layers.hollow import hollow_layer, hollow_table
 from lorafit.layouts import parse
 from lorafit.layouts.lora import EMBEDDING, MATRIX
 from lorafit.peft_layout import PREFIX
 
 TRIPLETS = ("lora_A", "lora_B")
 """What AdaLoRA's files call the same two."""
-CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-"""Dimensions of A → type of layer."""
 
 
 def bare_model(path: str | Path, name: str = "default") -> nn.Module:
@@ -64,18 +62,11 @@ def _counted(path: str) -> list[tuple[bool, int, str]]:
 
 
 def _layer(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
-    for keys in (MATRIX, TRIPLETS):
+    for keys, made in ((MATRIX, hollow_layer), (TRIPLETS, hollow_layer), (EMBEDDING, hollow_table)):
         down, up = (tensors.get(key) for key in keys)
-        if down is None or up is None:
-            continue
-        if down.dim() == 2:
-            return _hollow(nn.Linear(down.shape[1], up.shape[0], bias=False, device="meta"))
-        if down.dim() in CONVOLUTIONS:
-            kind: Any = CONVOLUTIONS[down.dim()]
-            return _hollow(kind(down.shape[1], up.shape[0], tuple(down.shape[2:]), bias=False, device="meta"))
-    down, up = (tensors.get(key) for key in EMBEDDING)
-    if down is not None and up is not None:
-        return _hollow(nn.Embedding(down.shape[1], up.shape[0], device="meta"))
+        layer = None if down is None or up is None else made(down, up)
+        if layer is not None:
+            return layer
     raise CheckpointError(
         "the file does not tell the size of this layer",
         where=where,
@@ -83,14 +74,6 @@ def _layer(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
         expected=f"{MATRIX[0]} and {MATRIX[1]}, or those of an embedding",
         fix="give the base model, too: --base, or --model with its directory or name",
     )
-
-
-def _hollow(module: nn.Module) -> nn.Module:
-    """Gives a layer a weight of zeros that takes no memory."""
-    shape = module.weight.shape
-    assert isinstance(shape, torch.Size)
-    module.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
-    return module
 
 
 def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -179,9 +179,10 @@ def test_events_and_their_keys() -> None:
     table = rows(ALL, "event", "further keys")
     kinds = (
         *(records.Step, records.Evaluation, records.Sample, records.Saved),
-        *(records.Drop, records.Schedule, records.Anatomy, records.End),
+        *(records.Drop, records.Schedule, records.Anatomy, records.Verdict, records.End),
     )
-    assert set(table) == {"`run`", "`config`", "`environment`", "`data`", *(f"`{kind.event}`" for kind in kinds)}
+    others = {"`run`", "`config`", "`environment`", "`data`", "`held_out`"}
+    assert set(table) == {*others, *(f"`{kind.event}`" for kind in kinds)}
     for kind in kinds:
         keys = {field.name for field in dataclasses.fields(kind)} - {"diverged"}
         assert keys <= quoted(table[f"`{kind.event}`"][0]), kind.event

@@ -29,7 +29,7 @@ TIERS = (
     ("layers.site",),
     ("quant.rows", "quant.linear", "quant.reading"),
     ("quant.modules",),
-    ("layers.vector", "layers.lookup", "layers.convolution"),
+    ("layers.vector", "layers.lookup", "layers.convolution", "layers.hollow"),
     ("layers.packed",),
     ("layers.foreign",),
     ("layers",),
@@ -239,7 +239,14 @@ def test_only_one_package_names_layer_types():
         for name, node in found(ast.Attribute, CORE)
         if node.attr in layers and isinstance(node.value, ast.Name) and node.value.id == "nn"
     }
-    assert places == {"layers", "layers.vector", "layers.lookup", "layers.convolution", "layers.foreign"}
+    assert places == {
+        "layers",
+        "layers.vector",
+        "layers.lookup",
+        "layers.convolution",
+        "layers.foreign",
+        "layers.hollow",
+    }
 
 
 def test_only_the_table_maps_strings_to_methods():
