@@ -36,6 +36,13 @@ def write(tmp_path: Path) -> Callable[[str, Any], str]:
     return write
 
 
+@pytest.fixture
+def data(write: Callable[[str, Any], str]) -> str:
+    """Sixty little sums, question and answer."""
+    rows = [{"question": f"what is {n} plus one?", "answer": f"it is {n + 1}" + "!" * (n % 5)} for n in range(60)]
+    return write("sums.jsonl", rows)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Any]:
     """Builds a byte-level tokenizer: every byte a token, two line breaks in a row one token, ChatML tokens."""

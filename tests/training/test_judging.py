@@ -20,12 +20,6 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def data(write: Callable[[str, Any], str]) -> str:
-    rows = [{"question": f"what is {n} plus one?", "answer": f"it is {n + 1}" + "!" * (n % 5)} for n in range(60)]
-    return write("sums.jsonl", rows)
-
-
-@pytest.fixture
 def settings(model_dir: Path, data: str, tmp_path: Path) -> dict[str, Any]:
     return {
         "model": str(model_dir),

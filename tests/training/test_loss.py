@@ -313,20 +313,20 @@ def test_distributed_data_parallel(kind: str, unused: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_sums_add_up_over_batches(kind: str) -> None:
+def test_each_learnt_token_has_its_own_loss(kind: str) -> None:
     model = build(kind).eval()
     loss = SupervisedLoss.prepare(model, chunk=4)
     batches = [make_batch(1), make_batch(2, (5, 3))]
     with torch.no_grad():
-        found = [loss.sums(model, batch) for batch in batches]
-        for (total, tokens), batch in zip(found, batches, strict=True):
+        found = [loss.each(model, batch) for batch in batches]
+        for (values, records), batch in zip(found, batches, strict=True):
             logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
             scores = torch.log_softmax(logits[:, :-1].float(), dim=-1)
             wanted = batch["labels"][:, 1:]
             taken = scores.gather(2, wanted.clamp(min=0).unsqueeze(2)).squeeze(2)[wanted != IGNORED]
-            torch.testing.assert_close(total, -taken.sum())
-            assert tokens == learnt(batch)
-            assert not total.requires_grad
+            torch.testing.assert_close(values, -taken)
+            assert records.tolist() == (wanted != IGNORED).nonzero()[:, 0].tolist()
+            assert len(values) == learnt(batch) and not values.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "moe-router"])
@@ -342,7 +342,7 @@ def test_a_batch_without_a_token_to_learn(kind: str) -> None:
     assert nothing == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     with torch.no_grad():
-        assert loss.sums(model, batch) == (0, 0)
+        assert [len(part) for part in loss.each(model, batch)] == [0, 0]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -29,12 +29,6 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def data(write: Callable[[str, Any], str]) -> str:
-    rows = [{"question": f"what is {n} plus one?", "answer": f"it is {n + 1}" + "!" * (n % 5)} for n in range(60)]
-    return write("sums.jsonl", rows)
-
-
-@pytest.fixture
 def settings(model_dir: Path, data: str, tmp_path: Path) -> dict[str, Any]:
     return {
         "model": str(model_dir),
@@ -88,6 +82,25 @@ def test_a_run_learns_and_leaves_an_adapter_that_loads(run: Run, tmp_path: Path,
     assert config["resolved"]["sites"] == 14 and config["resolved"]["scale"] == 2.0
     assert any("training will take about" in line for line in run.said)  # type: ignore[attr-defined]
     assert any("4,448 of" in line or "numbers trained" in line for line in run.said)  # type: ignore[attr-defined]
+
+
+def test_a_whole_record_shows_which_layers_read_the_same_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.handle import Handle
+
+    shown: list[tuple[dict[str, torch.Tensor], int]] = []
+    original = Handle.fuse
+
+    def fuse(self: Handle, **batch: torch.Tensor) -> list[tuple[str, ...]]:
+        groups = original(self, **batch)
+        shown.append((batch, len(groups)))
+        return groups
+
+    monkeypatch.setattr(Handle, "fuse", fuse)
+    run(max_steps=1)
+    ((batch, groups),) = shown
+    assert groups == 4  # q, k, v and gate, up in two layers
+    assert set(batch) == {"input_ids", "attention_mask"}  # models that look for an end of text find one
+    assert batch["input_ids"].shape[0] == 1 and batch["attention_mask"].all()
 
 
 def test_loss_is_by_supervised_token_over_the_accumulated_batch(run: Run, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,21 @@ class RunFolder:
         fix = "restore the file, or remove it: the same command then goes on from the last checkpoint"
         return _read(path, ("steps", "resumed_from", "shown"), fix)
 
-    def first_evaluation(self) -> float | None:
-        """The held-out loss before the first step, as the records have it; None if they do not."""
+    def recorded(self, event: str) -> Iterator[dict[str, Any]]:
+        """The records of an event so far."""
         if not self.records.is_file():
-            return None
+            return
         for line in self.records.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line that a kill cut off
-            if isinstance(record, dict) and record.get("event") == "evaluation" and record.get("step") == 0:
-                loss: float | None = record.get("loss")
-                return loss
-        return None
+            if isinstance(record, dict) and record.get("event") == event:
+                yield record
+
+    def first_evaluation(self) -> float | None:
+        """The held-out loss before the first step, as the records have it; None if they do not."""
+        return next((one.get("loss") for one in self.recorded("evaluation") if one.get("step") == 0), None)
 
     def check_data(self, fingerprint: str) -> None:
         """Raises `ConfigError` if the run was begun with other data than these."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -13,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from lorafit import files
 from lorafit.handle import Handle
 from lorafit.state import load_state, save_state
+from lorafit.training.folder import RunFolder
 from lorafit.training.record import Recorder
 from lorafit.training.trainer import AdapterTrainer
 from lorafit.training.verdict import Evaluation, Kind, Verdict, judge
@@ -43,7 +42,7 @@ class Judging(TrainerCallback):
         trainer: AdapterTrainer,
         handle: Handle,
         recorder: Recorder,
-        folder: Path,
+        folder: RunFolder,
         *,
         keep_best: bool,
         stop: bool,
@@ -51,7 +50,8 @@ class Judging(TrainerCallback):
         self._trainer = trainer
         self._handle = handle
         self._recorder = recorder
-        self._best = folder / BEST
+        self._folder = folder
+        self._best = folder.path / BEST
         self._keep_best = keep_best
         self._stop = stop
         self.evaluations: list[Evaluation] = []
@@ -59,7 +59,8 @@ class Judging(TrainerCallback):
 
     def recall(self, step: int) -> None:
         """Takes up the evaluations that the records have up to `step`, from which the run goes on."""
-        known = {one.step: one for one in _recorded(self._recorder.path) if one.step <= step}
+        found = (Evaluation.of(one["step"], one["losses"], one["counts"]) for one in self._folder.recorded(EVENT))
+        known = {one.step: one for one in found if one.step <= step}
         self.evaluations = [known[each] for each in sorted(known)]
 
     def add(self) -> bool:
@@ -114,15 +115,3 @@ class Judging(TrainerCallback):
     def remove(self) -> None:
         """Takes the folder of the best adapter away, once the run has written its own."""
         shutil.rmtree(self._best, ignore_errors=True)
-
-
-def _recorded(path: Path) -> Iterator[Evaluation]:
-    if not path.is_file():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that a kill cut off
-        if isinstance(record, dict) and record.get("event") == EVENT:
-            yield Evaluation.of(record["step"], record["losses"], record["counts"])

@@ -45,18 +45,6 @@ IGNORED = -100
 Batch = Mapping[str, Tensor]
 
 
-class LossSum(NamedTuple):
-    """A loss before it is averaged.
-
-    Attributes:
-        total: scalar tensor, summed over the learnt tokens, in float32.
-        tokens: number of learnt tokens.
-    """
-
-    total: Tensor
-    tokens: int
-
-
 class Losses(NamedTuple):
     """A loss before it is summed.
 
@@ -147,13 +135,6 @@ class SupervisedLoss(ABC):
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
-
-    @final
-    def sums(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The cross-entropy to evaluate by, to be added up over batches. Call it under `torch.no_grad()`."""
-        learnt = _Learnt.of(batch["labels"])
-        total = self._reduced(model, batch, learnt, summed_cross_entropy, own_terms=False)
-        return LossSum(total, len(learnt.targets))
 
     @final
     def each(self, model: nn.Module, batch: Batch) -> Losses:

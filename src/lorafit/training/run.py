@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
@@ -42,9 +41,6 @@ Notify = Callable[[str], object]
 
 SAMPLE_BATCHES = 8
 """How many batches an initialiser that looks at data is shown."""
-
-PROBE = 8
-"""Tokens that show which layers read the same input."""
 
 COST_OF_A_STEP = 3.0
 """A training step in forward passes of its tokens: the gradient of the input costs one more, adapters the rest, and
@@ -152,7 +148,7 @@ class _Run:
             trainer,
             handle,
             self.recorder,
-            self.folder.path,
+            self.folder,
             keep_best=self.settings.keep_best,
             stop=self.settings.early_stopping,
         )
@@ -188,7 +184,7 @@ class _Run:
             seed=settings.seed,
             sample=None if method.evidence() is None else self._sample(task),
         )
-        fuse(task, handle)
+        _fuse(task, handle)
         return handle
 
     def _sites(self, task: Task) -> dict[str, Shape]:
@@ -379,10 +375,12 @@ class _Run:
         )
 
 
-def fuse(task: Task, handle: Handle) -> None:
-    """Has layers that read the same input computed as one: the start of the first record shows which."""
-    start = task.data.train[0].input_ids[:PROBE]
-    handle.fuse(input_ids=torch.tensor([start], device=task.model.get_input_embeddings().weight.device))
+def _fuse(task: Task, handle: Handle) -> None:
+    """Has layers that read the same input computed as one: the shortest record, whole as some models want it, shows."""
+    shortest: Any = min(task.data.train, key=len)
+    batch = task.collator([shortest])
+    device = task.model.get_input_embeddings().weight.device
+    handle.fuse(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
 
 
 def _duration(seconds: float) -> str:
