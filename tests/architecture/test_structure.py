@@ -21,7 +21,7 @@ TIERS = (
     ("errors",),
     ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite", "rest"),
     ("kernels.scratch", "kernels.precision", "kernels.frozen", "kernels.geometry", "targets", "rownorm", "spectrum"),
-    ("kernels.masks", "kernels.products", "kernels.pointwise"),
+    ("kernels.masks", "kernels.products", "kernels.pointwise", "kernels.vectors"),
     ("kernels.parts",),
     ("kernels.linear", "kernels.convolution", "kernels.lookup", "kernels.dense"),
     ("kernels.siblings",),

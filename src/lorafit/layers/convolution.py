@@ -15,6 +15,7 @@ from lorafit.errors import MergeError
 from lorafit.kernels.convolution import convolution
 from lorafit.kernels.geometry import Geometry
 from lorafit.kernels.scratch import transformed
+from lorafit.kernels.vectors import upward
 from lorafit.layers.site import Acting, BaseForward, Made, Shape, Site, apply, exactly
 
 
@@ -106,7 +107,7 @@ class ConvSite(Site):
         delta = update.delta
         if not isinstance(delta, LowRank):
             return apply(self, x, base(m, x), acting)
-        up, geometry = delta.upward(), _geometry(m)
+        up, geometry = upward(delta), _geometry(m)
         return convolution(
             x, m.weight, m.bias, delta.down, up, delta.scale, geometry, gain=update.gain, dropout=dropout
         )

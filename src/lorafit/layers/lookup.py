@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorafit.delta import LowRank
 from lorafit.kernels.lookup import lookup
 from lorafit.kernels.scratch import transformed
+from lorafit.kernels.vectors import upward
 from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply
 
 
@@ -60,7 +61,7 @@ class EmbeddingSite(Site):
             x,
             m.weight,
             delta.down,
-            delta.upward(),
+            upward(delta),
             delta.scale,
             gain=update.gain,
             dropout=dropout,

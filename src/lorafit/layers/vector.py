@@ -12,6 +12,7 @@ from lorafit.kernels.dense import dense_linear, summable
 from lorafit.kernels.frozen import Frozen, Plain
 from lorafit.kernels.scratch import transformed
 from lorafit.kernels.siblings import Member
+from lorafit.kernels.vectors import upward
 from lorafit.layers.site import Acting, BaseForward, Shape, Site, apply
 
 
@@ -54,7 +55,7 @@ class VectorSite(Site):
         delta = update.delta
         if not isinstance(delta, LowRank):
             return None
-        return Member(self.frozen(x), self.bias(), delta.down, delta.upward(), delta.scale, update.gain, dropout)
+        return Member(self.frozen(x), self.bias(), delta.down, upward(delta), delta.scale, update.gain, dropout)
 
     def forward(self, x: Tensor, base: BaseForward, acting: Sequence[Acting]) -> Tensor:
         member = self._member(x, acting)
