@@ -140,8 +140,10 @@ def _slower(documents: Documents) -> Bar:
     if not found:
         return Bar(what, NEVER_SLOWER, None)
     where, worst = max(found, key=lambda one: one[1].median)
-    slower = sum(one.median > NEVER_SLOWER for _, one in found)
-    return Bar(what, NEVER_SLOWER, worst, f"{where}; slower at {slower} of {len(found)} comparisons")
+    slower = [one for _, one in found if one.median > NEVER_SLOWER]
+    beyond = sum(one.low > NEVER_SLOWER for one in slower)
+    note = f"{where}; slower at {len(slower)} of {len(found)} comparisons, by more than the spread at {beyond}"
+    return Bar(what, NEVER_SLOWER, worst, note)
 
 
 def _planned(documents: Documents) -> Iterator[Bar]:
