@@ -151,7 +151,8 @@ def sweep(document: Document) -> str:
         f"Models of {results['layers']} layers, {results['rounds']} rounds at each setting. In each cell: step / "
         "floor; step / PEFT's. The formula: what LoRA's own floating-point operations would add to the floor at the "
         "rate of a product of the layer's size, each layer in the cheaper order. "
-        f"Of {len(comparisons)} comparisons {len(slower)} are slower than PEFT, {beyond} by more than the spread of the rounds."
+        f"Of {len(comparisons)} comparisons {len(slower)} are slower than PEFT, {beyond} by more than the spread "
+        "of the rounds."
     )
     parts = [f"## Width, tokens, rank, sites, dropout\n\n{wrapped(said)}"]
     parts.append(table(("setting", "formula, LoRA", *ALIKE), rows))

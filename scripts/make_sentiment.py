@@ -77,12 +77,12 @@ def rated(archive: tarfile.TarFile, name: str) -> Iterator[Rated]:
         yield Rated(f"{name}/{key}", f"{name}/{review}", float(rating), " ".join(html.unescape(text).split()))
 
 
-def chosen(sentences: list[Rated], clear: float, records: int, seed: int) -> list[Rated]:
-    """Clear ones, each text once, shuffled; `records` of them, or all if that is 0."""
+def chosen(sentences: list[Rated], clear: float, seed: int) -> list[Rated]:
+    """Clear ones, each text once, shuffled."""
     often = Counter(one.text for one in sentences)
     kept = [one for one in sentences if abs(one.rating) >= clear and often[one.text] == 1 and one.text]
     random.Random(seed).shuffle(kept)
-    return kept[:records] if records else kept
+    return kept
 
 
 def record(one: Rated, form: str) -> dict[str, str]:
@@ -94,11 +94,19 @@ def record(one: Rated, form: str) -> dict[str, str]:
     return {"text": one.text, "label": label, **place}
 
 
+def write(path: Path, sentences: list[Rated], form: str) -> None:
+    """A file of records, and a word on what is in it."""
+    lines = [json.dumps(record(one, form), ensure_ascii=False) for one in sentences]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{path}: {len(sentences):,} sentences, {sum(one.rating > 0 for one in sentences):,} positive")
+
+
 def main() -> None:
     """Writes the files, and says what is in them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=0, help="of each set at most; 0 is all of them")
+    parser.add_argument("--test", type=int, default=0, help="so many more of each set, in a file of their own")
     parser.add_argument("--form", choices=("classes", "answers"), default="classes")
     parser.add_argument("--clear", type=float, default=0.5, help="the least rating either way")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
@@ -107,11 +115,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = fetch(Path(folder))
     for name in SETS:
-        kept = chosen(list(rated(archive, name)), options.clear, options.records, options.seed)
-        lines = [json.dumps(record(one, options.form), ensure_ascii=False) for one in kept]
-        (options.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        positive = sum(one.rating > 0 for one in kept)
-        print(f"{name}: {len(kept):,} sentences, {positive:,} positive")
+        kept = chosen(list(rated(archive, name)), options.clear, options.seed)
+        test, train = kept[: options.test], kept[options.test :]
+        write(options.folder / f"{name}.jsonl", train[: options.records or None], options.form)
+        if test:
+            write(options.folder / f"{name}-test.jsonl", test, options.form)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 from lorafit.layouts import LORAFIT, layout_for
 from lorafit.peft_layout import Description
 
+UNKNOWN = "unknown"
+
 
 def model_card(description: Description) -> str:
     """README.md of an adapter: front matter as the hubs read it, what it is, and how to load it."""
@@ -77,3 +79,40 @@ model = PeftModel.from_pretrained(model, "this/folder")   # PEFT
 ```
 """
     return text
+
+
+def export_card(
+    *,
+    title: str,
+    base: str | None,
+    licence: str,
+    tags: tuple[str, ...],
+    facts: Mapping[str, object],
+    settings: Mapping[str, object],
+    scores: Mapping[str, object],
+    use: str,
+) -> str:
+    """README.md of an export: where it comes from, what it scored, under which licences, and how it is used.
+
+    Args:
+        title: what it is.
+        base: the base model's name, if it is known.
+        licence: of the base, or "unknown".
+        tags: for hubs.
+        facts: base, data, and their licences.
+        settings: of the run that made the adapter; empty where it is not known.
+        scores: of that run.
+        use: a command or a piece of Python.
+    """
+    front = ["---", *([] if base is None else [f"base_model: {json.dumps(base)}"])]
+    front += [f"license: {licence}"] if licence != UNKNOWN else []
+    front += ["tags:", *(f"- {tag}" for tag in tags), "---"]
+    parts = ["\n".join(front), f"# {title}", _rows("fact", facts)]
+    for name, rows in (("setting", settings), ("score", scores)):
+        parts.append(_rows(name, rows) if rows else f"The {name}s are unknown: the adapter lies in no run's folder.")
+    return "\n\n".join([*parts, use]) + "\n"
+
+
+def _rows(name: str, rows: Mapping[str, object]) -> str:
+    cells = (f"| {key} | {str(value).replace('|', ' ').replace(chr(10), ' ')} |" for key, value in rows.items())
+    return "\n".join([f"| {name} | |", "|---|---|", *cells])

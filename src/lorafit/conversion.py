@@ -27,7 +27,7 @@ from lorafit.errors import CheckpointError, LorafitWarning, MergeError
 from lorafit.fitting import copy_into
 from lorafit.layouts import ADALORA, LORA, VERA, Layout, Ours, config_of, parse, tensors_of
 from lorafit.layouts.base import Record, split
-from lorafit.layouts.lora import EMBEDDING, MATRIX, alpha_for, scale_at
+from lorafit.layouts.lora import EMBEDDING, MAGNITUDES, MATRIX, alpha_for, scale_at
 from lorafit.layouts.own import OWN
 from lorafit.layouts.vera import projection
 from lorafit.method import Around, Method
@@ -183,7 +183,7 @@ def _errors(made: Mapping[str, Squeezed], method: Mapping[str, Any]) -> dict[str
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """A and B of one site, flat, with their scale, and the keys and the shapes that they have in a file."""
 
     down: Tensor
@@ -197,12 +197,12 @@ class _Pair:
 def _from_file(stored: Stored, target: Path, r: int | None) -> None:
     layout, parsed, own = parse(stored.config, stored.config_path)
     if layout not in (LORA, ADALORA, VERA) or isinstance(parsed.method, DoRA):
-        raise _needs_model(stored, f"what {_dependent(parsed.method).name} changes depends on the model's weights")
+        raise _needs_model(stored, f"what {dependent(parsed.method).name} changes depends on the model's weights")
     settings = {key: value for key, value in stored.config.items() if key != OWN}
     if layout is LORA and r is None:
         store.write_parts(target, settings, dict(stored.tensors), plain_card(settings))
         return
-    by_site, rest = _grouped(stored, layout, parsed)
+    by_site, rest = grouped(stored, layout, parsed)
     record = own.record if isinstance(own, Ours) else {}
     kind = {"LORA": _lora, "ADALORA": _adalora, "VERA": _vera}[layout.peft_type]
     pairs, made = kind(stored, parsed, by_site, rest, record), dict[str, Squeezed]()
@@ -219,11 +219,11 @@ def _from_file(stored: Stored, target: Path, r: int | None) -> None:
         ones = (1,) * len(pair.kernel)
         tensors[join(path, pair.keys[0])] = pair.down.reshape(pair.down.shape[0], -1, *pair.kernel)
         tensors[join(path, pair.keys[1])] = pair.up.reshape(*pair.up.shape, *ones)
-    config = _plain_config(settings, pairs) | _errors(made, {"peft_type": layout.peft_type})
+    config = plain_config(settings, pairs) | _errors(made, {"peft_type": layout.peft_type})
     store.write_parts(target, config, for_file(tensors), plain_card(config))
 
 
-def _dependent(method: Method) -> Method:
+def dependent(method: Method) -> Method:
     """The method whose change depends on the weights, out of those around it that change nothing about that."""
     while isinstance(method, Around) and not isinstance(method, DoRA):
         method = method.within
@@ -240,7 +240,7 @@ def _needs_model(stored: Stored, why: str) -> CheckpointError:
     )
 
 
-def _grouped(stored: Stored, layout: Layout, parsed: Parsed) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def grouped(stored: Stored, layout: Layout, parsed: Parsed) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of a file by site and key, and those that belong to none."""
     by_site: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
@@ -266,21 +266,57 @@ def _taken(stored: Stored, path: str, tensors: Mapping[str, Tensor], *keys: str)
     return [tensors[key] for key in keys]
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A file of type LORA, layer by layer.
+
+    Attributes:
+        parsed: its config.
+        pairs: module path → A and B, in at least single precision.
+        magnitudes: module path → the key and the tensor of a DoRA's magnitudes, as the file has them.
+        rest: the keys that belong to no adapted layer: modules saved in full.
+    """
+
+    parsed: Parsed
+    pairs: dict[str, Pair]
+    magnitudes: dict[str, tuple[str, Tensor]]
+    rest: dict[str, Tensor]
+
+
+def read_pairs(stored: Stored) -> Plain | None:
+    """What a file of type LORA holds; None for a file of another type.
+
+    Raises:
+        CheckpointError: its config is not one, or a key is missing.
+    """
+    layout, parsed, _ = parse(stored.config, stored.config_path)
+    if layout is not LORA:
+        return None
+    by_site, rest = grouped(stored, layout, parsed)
+    magnitudes = {
+        path: (key, stored.tensors[join(path, key)])
+        for path, tensors in by_site.items()
+        for key in MAGNITUDES
+        if key in tensors
+    }
+    return Plain(parsed, _lora(stored, parsed, by_site, rest, {}), magnitudes, rest)
+
+
 Tensors = Mapping[str, Tensor]
 Sites = Mapping[str, Tensors]
 
 
-def _lora(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, _Pair]:
+def _lora(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, Pair]:
     found = {}
     for path, tensors in sites.items():
         keys = EMBEDDING if EMBEDDING[0] in tensors else MATRIX
         down, up = _taken(stored, path, tensors, *keys)
         kernel = tuple(down.shape[2:])
-        found[path] = _Pair(down.flatten(1), up.flatten(1), scale_at(parsed, path), keys, kernel)
+        found[path] = Pair(down.flatten(1), up.flatten(1), scale_at(parsed, path), keys, kernel)
     return found
 
 
-def _adalora(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, _Pair]:
+def _adalora(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, Pair]:
     method = parsed.method
     assert isinstance(method, AdaLoRA)
     if record.get("vectors") is False:
@@ -297,11 +333,11 @@ def _adalora(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record
         q, e, p = _taken(stored, path, tensors, "lora_A", "lora_E", "lora_B")
         if q.shape[0] == 0:  # nothing is left here, and a rank is at least 1
             q, e, p = q.new_zeros(1, q.shape[1]), e.new_zeros(1, 1), p.new_zeros(p.shape[0], 1)
-        found[path] = _Pair(e * q, p, method.scale)
+        found[path] = Pair(e * q, p, method.scale)
     return found
 
 
-def _vera(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, _Pair]:
+def _vera(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: Record) -> dict[str, Pair]:
     shapes = _sizes(stored, record)
     if set(shapes) != set(sites):
         raise _needs_model(stored, "PEFT's files of VeRA do not say how wide the layers are")
@@ -313,7 +349,7 @@ def _vera(stored: Stored, parsed: Parsed, sites: Sites, rest: Tensors, record: R
         own_out, own_inn = shapes[path]
         if tuple(b.shape) != (own_out,) or own_inn > pair.A.shape[1] or own_out > pair.B.shape[0]:
             raise _needs_model(stored, f"the sizes that it notes for {path} are not those of its tensors")
-        found[path] = _Pair(d[:, None] * pair.A[:, :own_inn], b[:, None] * pair.B[:own_out], 1.0)
+        found[path] = Pair(d[:, None] * pair.A[:, :own_inn], b[:, None] * pair.B[:own_out], 1.0)
     return found
 
 
@@ -335,7 +371,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
 
 
-def _plain_config(settings: Mapping[str, Any], pairs: Mapping[str, _Pair]) -> dict[str, Any]:
+def plain_config(settings: Mapping[str, Any], pairs: Mapping[str, Pair]) -> dict[str, Any]:
     """The config of a plain LoRA in the same places."""
     rslora = settings.get("use_rslora") is True and settings["peft_type"] == LORA.peft_type
     ranks = {path: pair.down.shape[0] for path, pair in pairs.items()}

@@ -14,8 +14,11 @@ import torch
 
 from lorafit.anatomy import Anatomy, of_update
 from lorafit.delta import LowRank
+from lorafit.errors import ConfigError
 from lorafit.handle import Handle
-from lorafit.spectrum import Likeness, Spectrum, likeness, row_norms, spectrum
+from lorafit.method import Adapter
+from lorafit.methods.lora import AnchoredAdapter
+from lorafit.spectrum import Likeness, Spectrum, likeness, principal_cosines, row_norms, spectrum
 
 FAR = 10.0
 """Times the median of its peers by which a site's change is out of line; and its inverse."""
@@ -23,8 +26,12 @@ PEERS = 4
 """Sites that it takes to say what is usual."""
 MOST = 0.5
 """The share of all change at which one site does the work of all."""
+ROUNDING = 1e-7
+"""The share of what an anchored adapter began with up to which B A − B₀ A₀ is zero, rounded."""
 SPIKE = 30.0
 """Times the median row of a site by which one of its rows is out of line."""
+STILL = 1e-5
+"""The share of a weight's mean row up to which a change of lengths is rounding."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Place:
         largest_row: the length of the longest row of ΔW, in medians of its rows; None where the median is 0.
         weight: ‖W‖_F; None without the base's weights.
         moved: ΔM and ΔD; None without them.
+        start: ‖s B₀ A₀‖_F of what an initialiser such as PiSSA began with, which is no part of ΔW; None where A and B
+            began without a change.
     """
 
     path: str
@@ -64,6 +73,7 @@ class Place:
     largest_row: float | None
     weight: float | None
     moved: Anatomy | None
+    start: float | None = None
 
     @property
     def norm(self) -> float:
@@ -74,6 +84,19 @@ class Place:
     def relative(self) -> float | None:
         """‖ΔW‖ / ‖W‖; None without the base's weights."""
         return None if not self.weight else self.norm / self.weight
+
+    @property
+    def grown(self) -> float | None:
+        """‖ΔW‖ / ‖s B₀ A₀‖; None where there is no such start."""
+        return None if not self.start else self.norm / self.start
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether nothing was learnt here: ΔW is zero, and no length of a row of W has moved as far as is known."""
+        if self.norm:
+            return False
+        # DoRA's lengths may be learnt where its ΔW is zero.
+        return self.moved is None or self.moved.magnitude <= STILL * (self.weight or 0.0) / self.out**0.5
 
 
 @dataclass(frozen=True)
@@ -91,15 +114,26 @@ class Inspection:
     @property
     def dead(self) -> tuple[str, ...]:
         """The sites without any change."""
-        return tuple(place.path for place in self.places if place.norm == 0)
+        return tuple(place.path for place in self.places if place.is_dead)
+
+    @property
+    def dead_share(self) -> float:
+        """The share of such sites; 0 of no sites."""
+        return len(self.dead) / max(1, len(self.places))
+
+    @property
+    def median_relative(self) -> float | None:
+        """The median of ‖ΔW‖ / ‖W‖; None without the base's weights."""
+        shares = [place.relative for place in self.places if place.relative is not None]
+        return median(shares) if shares else None
 
     def verdict(self) -> str:
         """Whether it learnt anything, in a sentence."""
         alive = len(self.places) - len(self.dead)
         if not alive:
             return "it learnt nothing: the change is zero at every site, as before the first step"
-        shares = [place.relative for place in self.places if place.relative is not None]
-        size = f", by {median(shares):.2%} of ‖W‖ in the median" if shares else ""
+        share = self.median_relative
+        size = "" if share is None else f", by {share:.2%} of ‖W‖ in the median"
         where = f"all {alive:,} sites" if not self.dead else f"{alive:,} of {len(self.places):,} sites"
         odd = len({finding.path for finding in self.findings if finding.path and finding.path not in self.dead})
         rest = f"; {odd} out of line" if odd else ""
@@ -118,6 +152,9 @@ def inspect(handle: Handle, *, weights: bool) -> Inspection:
     for path, site in handle.sites.items():
         update = handle.adapter(path).update(site.weight)
         rows = row_norms(update.delta)
+        seen, start = spectrum(update.delta), _start(handle.adapter(path))
+        if start is not None and seen.norm <= ROUNDING * start:
+            seen, rows = Spectrum((0.0,) * len(seen.values)), torch.zeros_like(rows)
         usual = float(rows.median()) if rows.numel() else 0.0
         base = site.weight().double() if weights else None
         places.append(
@@ -126,24 +163,34 @@ def inspect(handle: Handle, *, weights: bool) -> Inspection:
                 site.shape.out,
                 site.shape.inn,
                 update.delta.down.shape[0] if isinstance(update.delta, LowRank) else None,
-                spectrum(update.delta),
+                seen,
                 float(rows.max()) / usual if usual else None,
                 None if base is None else float(base.norm()),
                 None if base is None else of_update(base, update),
+                start,
             )
         )
     return Inspection(tuple(places), tuple(findings(places)))
 
 
+def _start(adapter: Adapter) -> float | None:
+    """‖s B₀ A₀‖_F of an anchored adapter, also inside of another one."""
+    found = (module for module in adapter.modules() if isinstance(module, AnchoredAdapter))
+    for each in found:
+        return spectrum(LowRank(each.B0, each.A0, scale=each.scale, groups=each.groups)).norm
+    return None
+
+
 def findings(places: Sequence[Place]) -> list[Finding]:
     """What is out of line among the sites of an adapter, the gravest first."""
-    if places and all(place.norm == 0 for place in places):
+    if places and all(place.is_dead for place in places):
         return [Finding("", "nothing learnt", "the change is zero at every site")]
     total = sum(place.norm**2 for place in places)
     found: list[tuple[float, Finding]] = []
     for place, usual in zip(places, _usual(places), strict=True):
-        if place.norm == 0:
+        if place.is_dead:
             found.append((float("inf"), Finding(place.path, "dead", "ΔW is zero: nothing was learnt here")))
+        if not place.norm:
             continue
         share = place.norm**2 / total
         if len(places) >= PEERS and share > MOST:
@@ -176,14 +223,51 @@ def _usual(places: Sequence[Place]) -> list[float]:
     return result
 
 
+@dataclass(frozen=True)
+class Alike:
+    """How alike two adapters are at one site.
+
+    Attributes:
+        likeness: in three numbers.
+        outputs: the cosines of the principal angles between the spaces that they write, largest first.
+        inputs: those between the spaces that they read.
+    """
+
+    likeness: Likeness
+    outputs: tuple[float, ...]
+    inputs: tuple[float, ...]
+
+
 @torch.no_grad()
 def compared(first: Handle, second: Handle) -> Mapping[str, Likeness | None]:
     """How alike two adapters are at the sites that both have, by path; None where one of them changes nothing."""
-    both = [path for path in first.sites if path in second.sites]
-    return {
-        path: likeness(*(each.adapter(path).update(each.sites[path].weight).delta for each in (first, second)))
-        for path in both
-    }
+    return {path: None if one is None else one.likeness for path, one in by_angles(first, second).items()}
+
+
+@torch.no_grad()
+def by_angles(first: Handle, second: Handle) -> Mapping[str, Alike | None]:
+    """The same with all principal angles.
+
+    Raises:
+        ConfigError: a site has another size in the second.
+    """
+    found: dict[str, Alike | None] = {}
+    for path in first.sites:
+        if path not in second.sites:
+            continue
+        sizes = [tuple(each.sites[path].shape[:2]) for each in (first, second)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                "the two adapters are of different models",
+                where=path,
+                found=" and ".join(f"{out} × {inn}" for out, inn in sizes),
+                expected="layers of the same size",
+                fix="compare adapters of one base model",
+            )
+        one, other = (each.adapter(path).update(each.sites[path].weight).delta for each in (first, second))
+        like, cosines = likeness(one, other), principal_cosines(one, other)
+        found[path] = None if like is None or cosines is None else Alike(like, *cosines)
+    return found
 
 
 def mean_likeness(found: Iterable[Likeness | None]) -> Likeness | None:

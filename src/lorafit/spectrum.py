@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lorafit.delta import Delta, Dense, LowRank
 
+ROUNDING = 1e-6
+"""The share of the largest singular value up to which another may be zero, rounded: the factors are in float32."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -29,6 +32,11 @@ class Spectrum:
     def norm(self) -> float:
         """The Frobenius norm, (Σ σ²)^½."""
         return math.sqrt(sum(value * value for value in self.values))
+
+    @property
+    def rank(self) -> int:
+        """How many of them are more than `ROUNDING` of the largest."""
+        return sum(value > ROUNDING * self.values[0] for value in self.values)
 
     @property
     def stable_rank(self) -> float:
@@ -91,6 +99,25 @@ def row_norms(delta: Delta) -> Tensor:
         up, down = _factors(delta)
         squares = ((up @ (down @ down.mT)) * up).sum(dim=2).flatten()
     return squares.clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def principal_cosines(first: Delta, second: Delta) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The cosines of the principal angles between what two changes of one layer write, and between what they read.
+
+    Each largest first, as many as the smaller rank; of a grouped convolution those of all its groups. The means of
+    their squares are `likeness(...).outputs` and `.inputs`. None if one of the changes is none.
+
+    Args:
+        first: of a layer.
+        second: of the same layer, of any rank.
+    """
+    pair = [_spaces(each) for each in (first, second)]
+    if any(space is None for space in pair):
+        return None
+    (u1, _, v1), (u2, _, v2) = (space for space in pair if space is not None)
+    outputs, inputs = (_sorted(torch.linalg.svdvals(product).clamp(max=1)) for product in (u1.mT @ u2, v1.mT @ v2))
+    return outputs.values, inputs.values
 
 
 @torch.no_grad()

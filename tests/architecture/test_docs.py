@@ -22,7 +22,7 @@ from lorafit.cli.demo import FOLDER, SETTINGS
 from lorafit.cli.methods import default_shapes
 from lorafit.methods.initialisers import INITIALISERS
 from lorafit.methods.table import markdown
-from lorafit.report import records
+from lorafit.report import records, watched
 from lorafit.training import data, folder
 from lorafit.training.aliases import ALIASES
 from lorafit.training.config import DEFAULT_TRAINING, RESERVED, Settings
@@ -180,8 +180,9 @@ def test_events_and_their_keys() -> None:
     kinds = (
         *(records.Step, records.Evaluation, records.Sample, records.Saved),
         *(records.Drop, records.Schedule, records.Anatomy, records.Verdict, records.End),
+        *(watched.Forgetting, watched.Slices, watched.Shift),
     )
-    others = {"`run`", "`config`", "`environment`", "`data`", "`held_out`"}
+    others = {"`run`", "`config`", "`environment`", "`data`", "`held_out`", "`watched`"}
     assert set(table) == {*others, *(f"`{kind.event}`" for kind in kinds)}
     for kind in kinds:
         keys = {field.name for field in dataclasses.fields(kind)} - {"diverged"}
@@ -248,7 +249,7 @@ def test_options_exist(page: Path) -> None:
         *options(),
         "--help",
         "--version",
-        *(f"--{name.replace('_', '-')}" for name in (*fields, *Settings.model_fields)),
+        *(f"--{name.replace('_', '-')}" for name in (*fields, *Settings.model_fields, *ALIASES)),
     }
     for line in (*lines, *quotes):
         assert set(re.findall(r"(?<!\S)--[\w-]+", line)) <= known, line

@@ -66,14 +66,17 @@ TIERS = (
     ("fitting", "state"),
     ("checkpoint", "combining"),
     ("conversion",),
+    ("resizing",),
     ("report",),
+    ("exporting",),
     ("training",),
+    ("experiments",),
     ("cli",),
     ("__main__",),
 )
 """Imports point down only: a module imports from the rows above its own."""
 RANK = {name: rank for rank, row in enumerate(TIERS) for name in row}
-OUTSIDE = ("report", "training", "cli", "__main__")
+OUTSIDE = ("report", "exporting", "training", "experiments", "cli", "__main__")
 """What is not the core: the core needs torch, safetensors and Python alone."""
 
 

@@ -104,10 +104,13 @@ def test_over_long_records_are_counted(lorafit: Callable[..., Any], llama: Path,
     rows = [*QA, {"question": "long?", "answer": "it is " * 90}, {"question": "why " * 90, "answer": "so"}]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
     result = lorafit("check", "a.jsonl", "--model", llama, "--max-length", "60", "--eval-split", "0")
-    assert result.status == 0
+    assert result.status == 1, "a record that teaches nothing must be mended"
     assert "1 record cut to max_length=60 on the right (a.jsonl:7)" in result.out
     assert "1 record dropped" in result.out and "a.jsonl:8" in result.out
-    assert "2 are cut or dropped: raise --max-length to" in result.out.splitlines()[-1]
+    assert "what to fix:" in result.out and "shorten the prompts (1 × untrained" in result.out.splitlines()[-1]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows[:-1]))
+    result = lorafit("check", "a.jsonl", "--model", llama, "--max-length", "60", "--eval-split", "0")
+    assert result.status == 0 and "1 are cut or dropped: raise --max-length to" in result.out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import nn
 
 import lorafit as lf
 from lorafit.bare import bare_model
-from lorafit.errors import CheckpointError
-from lorafit.inspection import compared, inspect, mean_likeness
+from lorafit.errors import CheckpointError, ConfigError
+from lorafit.inspection import by_angles, compared, inspect, mean_likeness
 
 
 class Block(nn.Module):
@@ -135,3 +135,60 @@ def test_files_that_do_not_tell_the_sizes_of_layers_are_refused(tmp_path: Path) 
     handle = lf.attach(model(), lf.VeRA(r=4), "all-linear")
     with pytest.raises(CheckpointError, match="does not tell the size"):
         bare_model(handle.save(tmp_path))
+
+
+def test_the_share_of_dead_sites(tmp_path: Path) -> None:
+    found = looked_at(changed(saved(tmp_path), {"1.q_proj.lora_B.weight": 0.0, "3.q_proj.lora_B.weight": 0.0}))
+    assert found.dead_share == 0.2 and found.median_relative is None
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("around", [lambda method: method, lf.DoRA], ids=["lora", "dora"])
+def test_what_an_initialiser_began_with_is_no_change(tmp_path: Path, init: str, around: Any) -> None:
+    method = around(lf.LoRA(r=4, init=init))
+    handle = lf.attach(model(), method, "all-linear", seed=1)
+    found = inspect(handle, weights=True)
+    assert found.dead_share == 1.0 and found.verdict().startswith("it learnt nothing")
+    for place in found.places:
+        parts = handle.adapter(place.path).modules()
+        inner = next(part for part in parts if "A0" in dict(part.named_buffers(recurse=False)))
+        assert place.start == pytest.approx(float((inner.scale * inner.B0 @ inner.A0).norm()), rel=1e-5)
+        assert place.grown == 0
+    folder = saved(tmp_path, method)
+    alone = looked_at(folder)
+    assert not alone.dead and all(place.grown == pytest.approx(place.norm / place.start) for place in alone.places)
+    assert all(place.start is None and place.grown is None for place in looked_at(saved(tmp_path / "plain")).places)
+
+
+def test_lengths_that_were_learnt_alone_are_learnt(tmp_path: Path) -> None:
+    handle = lf.attach(model(), lf.DoRA(lf.LoRA(r=4)), "all-linear", seed=1)
+    with torch.no_grad():
+        for name, parameter in handle.adapter("2.q_proj").named_parameters():
+            if name.rpartition(".")[2] == "m":
+                parameter.mul_(1.1)
+    found = inspect(handle, weights=True)
+    assert "2.q_proj" not in found.dead and len(found.dead) == 9
+
+
+def test_principal_angles(tmp_path: Path) -> None:
+    folders = [saved(tmp_path / "a"), saved(tmp_path / "b", lf.LoRA(r=2), seed=7)]
+    first, second = (lf.load(bare_model(folder), folder) for folder in folders)
+    for path, one in by_angles(first, second).items():
+        assert one is not None
+        bases = []
+        for handle in (first, second):
+            dense = handle.adapter(path).update(handle.sites[path].weight).delta.dense().double()
+            u, s, vh = torch.linalg.svd(dense)
+            rank = int((s > 1e-5).sum())
+            bases.append((u[:, :rank], vh[:rank].mT))
+        for cosines, mean, ours in ((one.outputs, one.likeness.outputs, 0), (one.inputs, one.likeness.inputs, 1)):
+            expected = torch.linalg.svdvals(bases[0][ours].mT @ bases[1][ours])
+            assert cosines == pytest.approx(expected.tolist(), abs=1e-4) and len(cosines) == 2
+            assert sum(cosine**2 for cosine in cosines) / 2 == pytest.approx(mean, abs=1e-5)
+
+
+def test_adapters_of_different_models_are_refused(tmp_path: Path) -> None:
+    first = lf.attach(nn.Sequential(nn.Linear(4, 4)), lf.LoRA(r=2), "all-linear")
+    second = lf.attach(nn.Sequential(nn.Linear(4, 8)), lf.LoRA(r=2), "all-linear")
+    with pytest.raises(ConfigError, match="different models"):
+        by_angles(first, second)

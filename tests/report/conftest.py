@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +300,93 @@ def bare() -> Story:
 def path(tmp_path: Path) -> Path:
     """Where the records of a test go."""
     return tmp_path / "records.jsonl"
+
+
+# A browser
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # A mouse, which a browser without a screen does not have.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
+)
+
+
+DRAWN = """
+return [...document.querySelectorAll("[data-figure]")].every((frame) => frame.querySelector(".main-svg"))
+"""
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium without a screen; tests that need it are skipped where it is not installed."""
+    pytest.importorskip("selenium", reason="the browser tests need selenium")
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        missing = "chromium" if chromium is None else "chromedriver"
+        pytest.skip(f"{missing} is not installed; on Debian: apt-get install chromium chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = Chrome(options=options, service=Service(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+class Opened:
+    """A page in the browser."""
+
+    def __init__(self, browser: Any, report: Path, *, width: int = 1280, scheme: str = "light") -> None:
+        self.browser = browser
+        self.prefer(scheme)
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+        )
+        browser.get("about:blank")
+        for log in ("browser", "performance"):
+            browser.get_log(log)  # what came before is not this page's
+        browser.get(report.as_uri())
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(browser, 20).until(lambda _: self.run(DRAWN))
+
+    def run(self, script: str) -> Any:
+        return self.browser.execute_script(script)
+
+    def prefer(self, scheme: str) -> None:
+        """The system turns light or dark."""
+        self.browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+
+    def requests(self) -> list[str]:
+        messages = (json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance"))
+        return [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+
+    def complaints(self) -> list[dict[str, Any]]:
+        return self.browser.get_log("browser")
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Callable[..., Opened]:
+    """Opens an HTML file from disk once all of its figures are drawn; `width=` in pixels, `scheme=` light or dark."""
+    return partial(Opened, browser)

@@ -328,7 +328,9 @@ def test_verdicts(made_up: Documents) -> None:
     assert verdicts["peak memory of lora / PEFT's, `smollm2`"] == bars.OPEN
     worst = found["step / PEFT's, the worst of all that were measured"]
     assert worst.verdict == bars.MISSED and worst.measured is not None
-    assert worst.measured.median == pytest.approx(1.04) and worst.note == "dora, `six`; slower at 1 of 2 comparisons, by more than the spread at 1"
+    assert worst.measured.median == pytest.approx(1.04) and worst.note == (
+        "dora, `six`; slower at 1 of 2 comparisons, by more than the spread at 1"
+    )
 
 
 def test_a_bar_is_not_passed_by_rounding() -> None:

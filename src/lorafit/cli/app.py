@@ -8,7 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafit.cli import chat, check, demo, eval, inspection, merge, methods, plan, train  # noqa: A004 (a command is called eval)
+from lorafit.cli import (
+    chat,
+    check,
+    compare,
+    demo,
+    dimension,
+    eval,  # noqa: A004 (a command is called eval)
+    export,
+    inspection,
+    merge,
+    methods,
+    plan,
+    pseudo,
+    resize,
+    train,
+)
 from lorafit.cli.exits import USAGE
 from lorafit.cli.openended import OpenEnded, dashed
 from lorafit.cli.options import Debug
@@ -28,10 +43,19 @@ def command() -> Any:
     app.callback(invoke_without_command=True)(_root)
     app.command("demo", help=_unwrapped(demo.demo))(demo.demo)
     app.command("train", help=_unwrapped(train.train), cls=OpenEnded, epilog=train.EPILOG)(train.train)
+    app.command("compare", help=_unwrapped(compare.compare), cls=OpenEnded, epilog=compare.EPILOG)(compare.compare)
     app.command("plan", help=_unwrapped(plan.plan), cls=OpenEnded, epilog=plan.EPILOG)(plan.plan)
     app.command("eval", help=_unwrapped(eval.evaluate))(eval.evaluate)
     app.command("chat", help=_unwrapped(chat.chat))(chat.chat)
+    app.command("dimension", help=_unwrapped(dimension.dimension), cls=OpenEnded, epilog=dimension.EPILOG)(
+        dimension.dimension
+    )
+    app.command("few-labels", help=_unwrapped(pseudo.few_labels), cls=OpenEnded, epilog=pseudo.EPILOG)(
+        pseudo.few_labels
+    )
     app.command("inspect", help=_unwrapped(inspection.inspect))(inspection.inspect)
+    app.command("resize", help=_unwrapped(resize.resize))(resize.resize)
+    app.command("export", help=_unwrapped(export.export))(export.export)
     app.command("merge", help=_unwrapped(merge.merge))(merge.merge)
     app.command("check", help=_unwrapped(check.check))(check.check)
     app.command("methods", help=_unwrapped(methods.methods))(methods.methods)

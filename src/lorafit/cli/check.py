@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from lorafit.cli import options
+from lorafit.cli.exits import MEND
 
 if TYPE_CHECKING:
     from lorafit.cli.screen import Screen
     from lorafit.training.config import Settings
-    from lorafit.training.data import Data, LabelledData
-    from lorafit.training.examples import Example
-
-BINS = 8
-WIDTH = 40
+    from lorafit.training.datacheck import Inspected
+    from lorafit.training.datacheck_findings import Findings
+    from lorafit.training.datacheck_settings import Given
 
 
 def check(
@@ -32,7 +29,7 @@ def check(
         typer.Option(
             "--model",
             metavar="DIR|NAME",
-            help="Whose tokenizer and chat template are used. Default: the embedded SmolLM2-135M-Instruct.",
+            help="Whose tokenizer, chat template and config are used. Default: the embedded SmolLM2-135M-Instruct.",
             rich_help_panel=options.MODEL,
         ),
     ] = None,
@@ -51,13 +48,18 @@ def check(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Look at data as training would see them.
+    """Look at data and settings as training would see them.
 
-    Says how they are read, renders some records with the learnt text marked, and counts lengths, repetitions, leaks
-    between training and evaluation, and what would be cut or dropped. Takes the same settings as train.
+    Says how the data are read, renders some records with the learnt text marked, and looks for what is wrong: records
+    that cannot be read or teach nothing, repetitions, leaks between training and evaluation, labels, damaged text, a
+    chat template that does not fit, settings that do nothing or that the model has no room for.
+
+    Takes the settings of train. The exit status is 1 if something must be mended; what, is in the last lines.
     """
     from lorafit.cli.screen import Screen
     from lorafit.cli.settings import gather, resolved
+    from lorafit.cli.values import canonical
+    from lorafit.training.datacheck_settings import Given
 
     screen = Screen(as_json)
     flags = {
@@ -71,125 +73,51 @@ def check(
         "max_length": max_length,
         "seed": seed,
     }
-    _look(resolved(gather(config=config, sets=set_ or (), flags=flags), screen.say), samples, screen)
+    layers = gather(config=config, sets=set_ or (), flags=flags)
+    given = Given({canonical(name): origin for origin, values in layers for name in values})
+    _look(resolved(layers, screen.say), given, samples, screen)
 
 
-def _look(settings: Settings, samples: int, screen: Screen) -> None:
+def _look(settings: Settings, given: Given, samples: int, screen: Screen) -> None:
+    from lorafit.cli import check_screen
     from lorafit.cli.quiet import quiet
-    from lorafit.training.data import load_examples
-    from lorafit.training.models import load_tokenizer, locate
-    from lorafit.training.prepare import data_settings, encode
+    from lorafit.errors import LorafitError
+    from lorafit.training.datacheck import inspect
+    from lorafit.training.datacheck_findings import Findings
 
     quiet()
-    tokenizer = load_tokenizer(locate(settings.model, screen.say))
-    read = load_examples(data_settings(settings))
-    made = encode(settings, tokenizer, read)
-    for sentence in made.announcements:
-        screen.say(sentence)
-    rendered = _render(made, tokenizer, samples, screen)
-    bins = histogram([len(one) for one in made.train])
-    _draw(bins, screen)
-    twice = repetitions(read.train)
-    _say_counts(made.info, twice, screen)
-    screen.say(_verdict(made))
-    screen.result({"ok": True, **made.info, "repeated_at": twice[:5], "lengths": bins, "samples": rendered})
+    findings = Findings()
+    try:
+        seen = inspect(settings, given, findings, screen.say)
+    except LorafitError as error:
+        check_screen.say_findings(findings, screen)
+        findings.raised(error, "stopped")
+        screen.result({"ok": False, "findings": [finding.to_json() for finding in findings.listed()]})
+        raise
+    rendered, bins = check_screen.say_data(seen, samples, screen)
+    check_screen.say_findings(findings, screen)
+    screen.say(f"took: {seen.clock}", style="dim")
+    screen.say(check_screen.verdict(seen, findings), whole=True)
+    screen.result(_as_json(seen, findings, rendered, bins))
+    if findings.errors:
+        raise typer.Exit(MEND)
 
 
-def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(first, last, how many) of up to `BINS` ranges of equal width.
-
-    >>> histogram([1, 2, 2, 9])
-    [(1, 2, 3), (3, 4, 0), (5, 6, 0), (7, 8, 0), (9, 10, 1)]
-    """
-    low, high = min(lengths), max(lengths)
-    width = -(-(high - low + 1) // BINS)
-    starts = range(low, high + 1, width)
-    counts = [0] * len(starts)
-    for length in lengths:
-        counts[(length - low) // width] += 1
-    return [(start, start + width - 1, count) for start, count in zip(starts, counts, strict=True)]
-
-
-def repetitions(examples: Sequence[Example]) -> list[str]:
-    """Where questions are that an earlier record has asked."""
-    seen = set()
-    places = []
-    for example in examples:
-        question = example.question()
-        if question in seen:
-            places.append(example.where)
-        seen.add(question)
-    return places
+def _as_json(
+    seen: Inspected, findings: Findings, rendered: list[dict[str, Any]], bins: list[tuple[int, int, int]]
+) -> dict[str, Any]:
+    repeated = [finding.at for finding in findings.listed() if finding.name in REPEATING]
+    return {
+        "ok": not findings.errors,
+        **seen.made.info,
+        "repeated_at": [where for places in repeated for where in places][:5],
+        "lengths": bins,
+        "samples": rendered,
+        "near_compared": seen.compared,
+        "seconds": seen.clock.seconds,
+        "findings": [finding.to_json() for finding in findings.listed()],
+    }
 
 
-def _render(made: Data | LabelledData, tokenizer: Any, count: int, screen: Screen) -> list[dict[str, Any]]:
-    """Shows some records as the model gets them, what is learnt in green, or in [[brackets]] without a terminal."""
-    from lorafit.training.data import LabelledData
-    from lorafit.training.sequences import decode, rendering
-
-    count = min(count, len(made.train))
-    if count:
-        mark = "in green" if screen.fancy else "in [[brackets]]"
-        screen.say(f"\n{count} of {len(made.train):,} records, what is learnt {mark}:")
-    shown = []
-    for place in range(count):
-        at = place * len(made.train) // count
-        where = made.train[at].where
-        if isinstance(made, LabelledData):
-            labelled = made.train[at]
-            pieces = [(decode(tokenizer, labelled.input_ids), False), (f" → {made.labels[labelled.label]}", True)]
-        else:
-            pieces = [(piece.text, piece.supervised) for piece in rendering(made.train[at], tokenizer)]
-        screen.say(where, style="dim")
-        screen.say(_marked(pieces, screen.fancy))
-        shown.append({"where": where, "pieces": [{"text": text, "learnt": learnt} for text, learnt in pieces]})
-    return shown
-
-
-def _marked(pieces: Sequence[tuple[str, bool]], fancy: bool) -> Text:
-    text = Text()
-    for piece, learnt in pieces:
-        if fancy:
-            text.append(piece, "bold green" if learnt else "")
-        else:
-            text.append(f"[[{piece}]]" if learnt else piece)
-    return text
-
-
-def _draw(bins: Sequence[tuple[int, int, int]], screen: Screen) -> None:
-    screen.say("\ntokens of a record:")
-    most = max(count for _, _, count in bins)
-    ranges = [str(start) if start == end else f"{start}-{end}" for start, end, _ in bins]
-    widest = max(map(len, ranges))
-    for name, (_, _, count) in zip(ranges, bins, strict=True):
-        bar = ("█" if screen.fancy else "#") * -(-count * WIDTH // most)
-        screen.say(f"  {name:>{widest}}  {count:>7,}  {bar}".rstrip())
-
-
-def _say_counts(info: dict[str, Any], twice: Sequence[str], screen: Screen) -> None:
-    from lorafit.errors import some
-
-    learnt, total = info["train_supervised_tokens"], info["train_tokens"]
-    screen.say()
-    if "labels" in info:
-        screen.say(f"trained on: {learnt:,} labels of {total:,} tokens of text")
-    else:
-        screen.say(f"trained on: {learnt:,} of {total:,} tokens ({learnt / total:.1%})")
-    held = info["eval_records"]
-    screen.say(f"held out:   {f'{held:,} records' if held else 'nothing'}")
-    screen.say(f"repeated:   {len(twice):,} ask what an earlier record asks{_at(some(twice, 3))}")
-    if held:
-        screen.say(f"leaks:      {info['removed']:,} of the training questions are held out too; train leaves them out")
-    screen.say(f"cut:        {info['truncated']:,} to max_length={info['max_length']}")
-    screen.say(f"dropped:    {info['dropped']:,}")
-
-
-def _at(places: str) -> str:
-    return f" ({places})" if places else ""
-
-
-def _verdict(made: Data | LabelledData) -> str:
-    info = made.info
-    missed = info["dropped"] + info["truncated"]
-    left = f"; {missed:,} are cut or dropped: raise --max-length to {info['longest_uncut']}" if missed else ""
-    return f"ok: {len(made.train):,} records to learn from{left}"
+REPEATING = ("duplicate", "repeated-question", "conflicting-label")
+"""Findings about a question that an earlier record asks."""

@@ -14,6 +14,8 @@ import typer
 from lorafit.cli import options
 
 if TYPE_CHECKING:
+    import torch
+
     from lorafit.cli.adapters import Description, Loaded
     from lorafit.cli.heldout import HeldOut
     from lorafit.cli.screen import Screen
@@ -134,12 +136,23 @@ def sides(loaded: Loaded) -> Sequence[tuple[str, AbstractContextManager[None]]]:
 
 def measure(loaded: Loaded, held: HeldOut, described: Description, batch_size: int) -> Score:
     """The mean over all predictions of the held-out records."""
+    from lorafit.cli.adapters import CLASSES
+    from lorafit.training.objectives import mean_loss
+
+    total, count, correct = by_record(loaded, held, described, batch_size).sum(dim=0).tolist()
+    loss = mean_loss(total, count)
+    accuracy = correct / count if described.task_type == CLASSES else None
+    return Score(loss, math.exp(min(loss, 700)), accuracy, int(count))
+
+
+def by_record(loaded: Loaded, held: HeldOut, described: Description, batch_size: int) -> torch.Tensor:
+    """The held-out records from short to long, (records, 3): loss, predictions and right ones of each."""
     import torch
 
     from lorafit.cli.adapters import CLASSES
     from lorafit.training.batches import Collator, LabelCollator
     from lorafit.training.loss import SupervisedLoss
-    from lorafit.training.objectives import Classes, NextToken, mean_loss
+    from lorafit.training.objectives import Classes, NextToken
 
     pad = loaded.tokenizer.pad_token_id
     device = next(loaded.model.parameters()).device
@@ -152,9 +165,7 @@ def measure(loaded: Loaded, held: HeldOut, described: Description, batch_size: i
         for start in range(0, len(records), batch_size):
             batch = {key: value.to(device) for key, value in collate(records[start : start + batch_size]).items()}
             parts.append(objective.tally(loaded.model, batch).stacked())
-    total, count, correct = torch.cat(parts).sum(dim=0).tolist()
-    loss = mean_loss(total, count)
-    return Score(loss, math.exp(min(loss, 700)), correct / count if classifies else None, int(count))
+    return torch.cat(parts)
 
 
 def _show(scores: dict[str, Score], screen: Screen) -> None:

@@ -17,6 +17,7 @@ from lorafit.errors import MissingExtraError
 if TYPE_CHECKING:
     from lorafit.report.summary import Summary
     from lorafit.training.config import Settings
+    from lorafit.training.findings import Slice, Slices
     from lorafit.training.outcome import Outcome, Shown
 
 Last = Literal["verdict", "report"]
@@ -51,11 +52,12 @@ def finish(settings: Settings, command: str, screen: Screen, *, last: Last) -> N
     summary = _summary(outcome)
     show_answers(outcome.shown, settings.max_new_tokens, screen)
     screen.table(("", "before", "after"), _figures(outcome, summary), right=(1, 2))
+    show_slices(outcome.findings.slices, screen)
     screen.say(_costs(outcome, summary))
     classifies = summary.after is not None and summary.after.accuracy is not None
     screen.say(f"adapter: {outcome.adapter}", whole=True)
     screen.say(f"try it:  lorafit {'eval' if classifies else 'chat'} {outcome.adapter}", whole=True)
-    for line in told(outcome):
+    for line in [*told(outcome), *outcome.findings.lines()]:
         screen.say(line)
     lines = [f"report:  {report}" if report else "report:  not written", verdict(outcome, classifies)]
     for line in lines if last == "verdict" else reversed(lines):
@@ -102,6 +104,23 @@ def show_answers(shown: tuple[Shown, ...], length: int, screen: Screen) -> None:
     for one in shown:
         table.add_row(*(Text(text) for text in (one.prompt, one.before, one.after, one.gold)))
     screen.console.print(table)
+
+
+def show_slices(found: Slices | None, screen: Screen) -> None:
+    """The held-out loss of each slice, the one that rose most first."""
+    if found is None:
+        return
+    rows = [
+        (part.name, f"{loss.records:,}", f"{loss.before:.3f}", f"{loss.after:.3f}", loss.changed(), _became(part))
+        for part in found.parts
+        for loss in (part.loss,)
+    ]
+    screen.say("")
+    screen.table((found.column, "records", "loss before", "after", "change", ""), rows, right=(1, 2, 3, 4))
+
+
+def _became(part: Slice) -> str:
+    return "worse" if part.worse else "better" if part.better else ""
 
 
 def _indented(text: str) -> str:
@@ -166,5 +185,6 @@ def _as_json(outcome: Outcome, report: Path | None, summary: Summary | None) -> 
         "tokens_per_second": None if summary is None else summary.tokens_per_second,
         "peak_rss_bytes": outcome.peak_rss_bytes,
         "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
+        **outcome.findings.as_json(),
         "samples": [asdict(one) for one in outcome.shown],
     }

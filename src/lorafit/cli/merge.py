@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,14 +70,15 @@ def merge(
     from lorafit.cli.exits import usage
     from lorafit.cli.quiet import quiet
     from lorafit.cli.screen import Screen
+    from lorafit.exporting.folder import check_free
 
     screen = Screen(as_json)
     with usage():
-        _check_free(output_dir)
+        check_free(output_dir)
         check_dtype(dtype)
     quiet()
     described = describe(adapter, model, labels, screen.say)
-    kind = dtype or _stored_dtype(described)
+    kind = dtype or stored_dtype(described)
     screen.say(f"{described.located.name} in {kind}, with {adapter}")
     trained = run_storage(adapter)
     if trained != PLAIN:
@@ -91,36 +89,24 @@ def merge(
     with loaded.handle.disabled():
         plain = logits_of(loaded.model, probe)
     adapted = logits_of(loaded.model, probe)
-    untied = _fold(loaded, untie)
+    untied = fold(loaded, untie)
     if untied:
         screen.say("the weights are no longer tied: config.tie_word_embeddings is false")
-    found = _write(loaded, described, output_dir, probe, plain, adapted)
-    _show(found, screen)
+    found = write(loaded, described, output_dir, probe, plain, adapted)
+    show(found, screen)
     screen.say(f"merged: {output_dir}", whole=True)
     screen.say(f"max logit difference {found.difference:.2g} (at most {found.tolerance:.2g} allowed)")
     screen.result({"output_dir": str(output_dir), "dtype": kind, "untied": untied, **vars(found)})
 
 
-def _check_free(path: Path) -> None:
-    from lorafit.errors import ConfigError, some
-
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(
-            "the output directory is not empty",
-            where=path,
-            found=some(sorted(child.name for child in path.iterdir()), 3) if path.is_dir() else "a file",
-            expected="a new or empty directory",
-            fix="choose another --output-dir",
-        )
-
-
-def _stored_dtype(described: Description) -> str:
+def stored_dtype(described: Description) -> str:
+    """The dtype of the base model's files."""
     from transformers import AutoConfig
 
     return str(AutoConfig.from_pretrained(described.located.path).dtype or "float32").removeprefix("torch.")
 
 
-def _fold(loaded: Loaded, untie: bool) -> bool:
+def fold(loaded: Loaded, untie: bool) -> bool:
     """Merges in memory; says whether weights that were tied are so no longer."""
     from lorafit.errors import MergeError
 
@@ -147,32 +133,39 @@ def _tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _write(
+def write(
     loaded: Loaded,
     described: Description,
     output_dir: Path,
     probe: dict[str, torch.Tensor],
     plain: torch.Tensor,
     adapted: torch.Tensor,
+    *,
+    keep: bool = False,
+    card: str = "",
 ) -> Comparison:
-    """Writes beside `output_dir`, compares, and only then puts the directory in its place."""
-    output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.partial-", dir=output_dir.absolute().parent))
-    try:
-        partial.chmod(0o755)
+    """Writes beside `output_dir`, compares, and only then puts the directory in its place.
+
+    Args:
+        loaded: the merged model.
+        described: where it came from.
+        output_dir: a new or empty directory.
+        probe: tokens.
+        plain: the base's logits for them.
+        adapted: those of base and adapter.
+        keep: leave a model in its place even if it does not compute what it should, for the caller to say so.
+        card: the text of README.md; none is written if it is empty.
+    """
+    from lorafit.exporting.folder import fresh
+
+    with fresh(output_dir) as partial:
         loaded.model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         found = _compare(loaded, described, partial, probe, plain, adapted)
-        mode = (partial / "config.json").stat().st_mode
-        for path in partial.iterdir():
-            path.chmod(mode)  # some writers of weights leave them to their owner alone
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        if output_dir.is_dir():
-            output_dir.rmdir()  # it is empty, and a rename onto a directory is not everywhere possible
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already unless something was raised
+        if not keep:
+            agree(found, "it was removed")
     return found
 
 
@@ -184,7 +177,7 @@ def _compare(
     plain: torch.Tensor,
     adapted: torch.Tensor,
 ) -> Comparison:
-    """Loads what was written and compares it with the adapted model. Raises `MergeError` if they do not agree."""
+    """Loads what was written and compares it with the adapted model."""
     from lorafit.cli.adapters import CLASSES
     from lorafit.errors import MergeError
     from lorafit.training.models import Located, load_causal, load_classifier
@@ -198,24 +191,35 @@ def _compare(
     else:
         again = load_causal(place, kind)
     merged = logits_of(again.to(probe["input_ids"].device).eval(), probe)
+    return comparison(merged, plain, adapted, TOLERANCE[str(kind).removeprefix("torch.")])
+
+
+def comparison(merged: torch.Tensor, plain: torch.Tensor, adapted: torch.Tensor, share: float) -> Comparison:
+    """Logits of a merged model against those of base and adapter; they may differ by `share` of the largest."""
     largest = float(adapted.abs().max())
-    found = Comparison(
+    return Comparison(
         difference=float((merged - adapted).abs().max()),
         effect=float((adapted - plain).abs().max()),
         largest=largest,
-        tolerance=TOLERANCE[str(kind).removeprefix("torch.")] * largest,
+        tolerance=share * largest,
     )
+
+
+def agree(found: Comparison, fate: str) -> None:
+    """Raises `MergeError` if the merged model does not compute what it should; `fate` says what became of it."""
+    from lorafit.errors import MergeError
+
     if not found.difference <= found.tolerance:
         raise MergeError(
-            "the merged model does not compute what base and adapter compute; it was removed",
+            f"the merged model does not compute what base and adapter compute; {fate}",
             found=f"a logit differs by {found.difference:.3g}",
             expected=f"at most {found.tolerance:.3g}",
             fix="--dtype float32 rounds least; if it is float32 already, this is a bug",
         )
-    return found
 
 
-def _show(found: Comparison, screen: Screen) -> None:
+def show(found: Comparison, screen: Screen) -> None:
+    """Says how far rounding took the merged model from the adapted one, beside what the adapter does."""
     screen.say(f"the adapter moves a logit by up to {found.effect:.3g}; the largest logit is {found.largest:.3g}")
     if found.difference > found.effect / 4:
         screen.say(

@@ -106,6 +106,33 @@ EvalLimit = Annotated[
     int | None,
     typer.Option("--eval-limit", help="Evaluate on so many held-out records at most.", rich_help_panel=DATA),
 ]
+Slice = Annotated[
+    str | None,
+    typer.Option(
+        "--slice",
+        metavar="COLUMN",
+        help="Show the held-out loss for each value of a column. Default: one named domain, source, category, …",
+        rich_help_panel=DATA,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="PATH|NAME",
+        help="Data of another domain: measured before and after, never learnt from. (--source is --data.)",
+        rich_help_panel=DATA,
+    ),
+]
+General = Annotated[
+    str | None,
+    typer.Option(
+        "--general",
+        metavar="PATH|none",
+        help="A general text, to measure what is forgotten. Default: an embedded one.",
+        rich_help_panel=DATA,
+    ),
+]
 Columns = Annotated[
     list[str] | None,
     typer.Option(

@@ -33,6 +33,9 @@ def train(
     eval_data: options.EvalData = None,
     eval_split: options.EvalSplit = None,
     eval_limit: options.EvalLimit = None,
+    slice: options.Slice = None,  # noqa: A002 (the option's name)
+    target: options.Target = None,
+    general: options.General = None,
     columns: options.Columns = None,
     task: options.Task = None,
     max_length: options.MaxLength = None,

@@ -39,4 +39,4 @@ class _Between(torch.autograd.Function):
         up, mid, out = ctx.saved_tensors
         _, need_mid, need_out = ctx.needs_input_grad
         t = grad * up
-        return None, out @ t if need_mid else None, t @ mid if need_out else None
+        return None, torch.mv(t.t(), out) if need_mid else None, torch.mv(t, mid) if need_out else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import StatisticsError, correlation, fmean, median
 from typing import Any, Final
 
@@ -55,7 +55,37 @@ def draw(run: Run) -> list[Plot]:
     if not moved:
         return []
     shown = _spread(list(moved))
+    notes = [f"{count:,} at step {step:,}" for step in shown if (count := _lost(run, step))]
+    return [_plot(moved, shown, notes)]
+
+
+def of_sites(moved: Mapping[str, tuple[float, float]]) -> Plot:
+    """The scatter plot of sites as they are now.
+
+    Args:
+        moved: module path → ΔM and ΔD, in the order of the model; at least one that is not zero.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    dots = [Dot(path, 0, direction, magnitude) for path, (magnitude, direction) in moved.items()]
+    # A site that has not moved has no place on logarithmic axes.
+    drawn = [dot for dot in dots if dot.direction or dot.magnitude]
+    plot = _plot({0: drawn}, [0], [])
+    still = len(dots) - len(drawn)
+    told = (*plot.notes, f"Not drawn: {still:,} that did not move.") if still else plot.notes
+    return replace(plot, notes=told)
+
+
+def by_kind(moved: Mapping[str, tuple[float, float]]) -> str:
+    """The numbers of that plot as a table, by kind of module."""
+    return _kinds([Dot(path, 0, direction, magnitude) for path, (magnitude, direction) in moved.items()])
+
+
+def _plot(moved: Mapping[int, Sequence[Dot]], shown: Sequence[int], lost: Sequence[str]) -> Plot:
     last = moved[shown[-1]]
+    # Step 0 stands for none: before the first step nothing has moved, which is not drawn.
+    told = "step %{customdata:,d}<br>" if shown[-1] else ""
     figure = blank(HEIGHT)
     figure.update_layout(hovermode="closest")
     dots = [dot for step in shown for dot in moved[step]]
@@ -76,7 +106,7 @@ def draw(run: Run) -> list[Plot]:
                 "opacity": [_weight(shown, dot.step, 0.3, 0.95) for dot in group],
                 "line": {"color": LIGHT.paper, "width": 0.7},
             },
-            hovertemplate="%{text}<br>step %{customdata:,d}<br>ΔD %{x:.3g}<br>ΔM %{y:.3g}<extra></extra>",
+            hovertemplate=f"%{{text}}<br>{told}ΔD %{{x:.3g}}<br>ΔM %{{y:.3g}}<extra></extra>",
         )
     is_far = _crowded(last) and all(dot.direction > 0 and dot.magnitude > 0 for dot in dots)
     named = (("x", "ΔD, change of direction", [dot.direction for dot in dots]),
@@ -85,9 +115,9 @@ def draw(run: Run) -> list[Plot]:
         scale = _logarithmic(values) if is_far else {"rangemode": "tozero", "tickformat": "~g"}
         figure.update_layout({f"{letter}axis": {"title": {"text": title, "standoff": 8}, **scale}})
     notes = _notes(last, shown, recorded=len(moved), is_far=is_far)
-    if lost := [f"{count:,} at step {step:,}" for step in shown if (count := _lost(run, step))]:
+    if lost:
         notes.append(f"Sites that are not drawn, since what was measured is not a finite number: {some(lost)}.")
-    return [Plot("anatomy", "Lengths and directions of the weights", " ".join(notes), tuple(notes), figure)]
+    return Plot("anatomy", "Lengths and directions of the weights", " ".join(notes), tuple(notes), figure)
 
 
 def _moved(run: Run) -> Mapping[int, Sequence[Dot]]:
@@ -165,7 +195,7 @@ def _correlation(dots: Sequence[Dot]) -> str:
 
 
 def _notes(last: Sequence[Dot], shown: Sequence[int], *, recorded: int, is_far: bool) -> list[str]:
-    over = f"the {len(last):,} sites at step {shown[-1]:,}"
+    over = f"the {len(last):,} sites" + (f" at step {shown[-1]:,}" if shown[-1] else "")
     found = _correlation(last)
     notes = [
         f"There is no correlation of ΔM and ΔD over {over}: too few sites, or all alike."
@@ -192,21 +222,25 @@ def section(run: Run, frame: str) -> str:
         frame: the figure's HTML.
     """
     last = list(_moved(run).values())[-1]
-    kinds = [
-        (
-            escape(kind),
-            f"{len(dots):,}",
-            text.rough(fmean(dot.direction for dot in dots)),
-            text.rough(fmean(dot.magnitude for dot in dots)),
-            _correlation(dots),
-        )
-        for kind, dots in _by_kind(last).items()
-    ]
     sites = [(escape(dot.path), text.rough(dot.direction), text.rough(dot.magnitude)) for dot in last]
     numbers = (
         f"<details><summary>By kind of module, and each site, at step {last[0].step:,} ({len(last):,})</summary>"
-        + tables.numbers(("kind", "sites", "mean ΔD", "mean ΔM", "correlation"), kinds)
+        + _kinds(last)
         + tables.numbers(("site", "ΔD", "ΔM"), sites)
         + "</details>"
     )
     return tables.section("Lengths and directions of the weights", frame + numbers, kind="full")
+
+
+def _kinds(dots: Sequence[Dot]) -> str:
+    kinds = [
+        (
+            escape(kind),
+            f"{len(group):,}",
+            text.rough(fmean(dot.direction for dot in group)),
+            text.rough(fmean(dot.magnitude for dot in group)),
+            _correlation(group),
+        )
+        for kind, group in _by_kind(dots).items()
+    ]
+    return tables.numbers(("kind", "sites", "mean ΔD", "mean ΔM", "correlation"), kinds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from lorafit.report import text
+from lorafit.report import document, text
 from lorafit.report.records import Run
 from lorafit.report.summary import Measure, Summary
 from lorafit.report.text import escape
@@ -50,8 +50,53 @@ def masthead(run: Run, summary: Summary) -> str:
   </p>
   <h1>{escape(told(run.resolved, "model") or "Model not recorded")}</h1>
   <p class="kind">{" · ".join(f"<span>{escape(part)}</span>" for part in kind if part)}</p>
+  {document.lead(lead(run, summary))}
   {_message(message) if message else ""}
 </header>"""
+
+
+def lead(run: Run, summary: Summary) -> str:
+    """What was trained on what, what it learnt, and the verdict, in plain language; empty for a run that tells nothing.
+
+    What was not recorded is left out.
+    """
+    model, method = told(run.resolved, "model"), told(run.resolved, "method")
+    sentences = []
+    if model is not None:
+        how = "" if method is None else f" by {method}"
+        if summary.trainable is not None and summary.share is not None:
+            how += f", which adjusts {text.percent(summary.share)} as many numbers as the model has"
+        sentences.append(f"{model} was trained{_on(run, summary)}{how}.")
+    if summary.before is not None and summary.after is not None and summary.change is not None:
+        sentences.append(_learnt(run, summary))
+    if run.verdict is not None:
+        sentences.append(f"Verdict: {run.verdict.sentence.rstrip('.')}.")
+    return " ".join(sentences)
+
+
+def _on(run: Run, summary: Summary) -> str:
+    """The data and the steps, as the end of "was trained"."""
+    records, source = run.data.get("train_records"), told(run.data, "source")
+    on = [f"{records:,} records" if type(records) is int else "", f"of {source}" if source is not None else ""]
+    data = " ".join(part for part in on if part).removeprefix("of ")
+    many = (
+        "" if summary.last_step is None else f" for {summary.last_step:,} step{'' if summary.last_step == 1 else 's'}"
+    )
+    return (f" on {data}" if data else "") + many
+
+
+def _learnt(run: Run, summary: Summary) -> str:
+    """What became of the loss on records that were not trained on."""
+    assert summary.before is not None and summary.after is not None and summary.change is not None
+    records = run.data.get("eval_records")
+    kept = f"On {records:,} records" if type(records) is int else "On records"
+    before, after = text.loss(summary.before.loss), text.loss(summary.after.loss)
+    if before == after:
+        return f"{kept} that it was not trained on, the loss stayed at {after}."
+    word = "fell" if summary.change < 0 else "rose"
+    change = text.percent(abs(summary.change))
+    sense = "it predicts them better than before" if summary.change < 0 else "it predicts them worse than before"
+    return f"{kept} that it was not trained on, the loss {word} from {before} to {after}, by {change}: {sense}."
 
 
 def _message(message: str) -> str:

@@ -25,17 +25,21 @@ from lorafit.report.records import (
     Step,
     Verdict,
 )
+from lorafit.report.watched import Forgetting, Shift, Slices
 
 _Stepped = TypeVar("_Stepped", Step, Evaluation, Saved, Schedule, Anatomy)
 
 _COMMON: Final = frozenset({"event", "time", "elapsed", "nonfinite", "repaired"})
-_FREE: Final = frozenset({"environment", "data", "held_out"})
+_FREE: Final = frozenset({"environment", "data", "held_out", "watched"})
 _READ: Final[Mapping[str, frozenset[str]]] = {
     "run": frozenset({"run", "command", "resumed_from_step"}),
     "config": frozenset({"config", "resolved"}),
     **{
         kind.event: frozenset(part.name for part in fields(kind))
-        for kind in (Step, Evaluation, Sample, Saved, Drop, Schedule, Anatomy, Verdict, End)
+        for kind in (
+            *(Step, Evaluation, Sample, Saved, Drop, Schedule, Anatomy, Verdict, End),
+            *(Forgetting, Slices, Shift),
+        )
     },
 }
 """The keys that are read of each event; all keys of the events in `_FREE` are."""
@@ -94,6 +98,9 @@ def read_records(path: Path | str) -> Run:
         schedules=schedules,
         anatomies=anatomies,
         verdict=parts[-1].verdict,
+        forgetting=parts[-1].forgetting,
+        slices=parts[-1].slices,
+        shift=parts[-1].shift,
     )
 
 
@@ -114,6 +121,9 @@ class _Part:
     schedules: tuple[Schedule, ...]
     anatomies: tuple[Anatomy, ...]
     verdict: Verdict | None
+    forgetting: Forgetting | None
+    slices: Slices | None
+    shift: Shift | None
 
     @property
     def trained(self) -> bool:
@@ -161,6 +171,9 @@ def _part(lines: Sequence[Line]) -> _Part:
         schedules=tuple(Schedule.read(line) for line in by[Schedule.event]),
         anatomies=tuple(Anatomy.read(line) for line in by[Anatomy.event]),
         verdict=next((Verdict.read(line) for line in reversed(by[Verdict.event])), None),
+        forgetting=next((Forgetting.read(line) for line in reversed(by[Forgetting.event])), None),
+        slices=next((Slices.read(line) for line in reversed(by[Slices.event])), None),
+        shift=next((Shift.read(line) for line in reversed(by[Shift.event])), None),
     )
 
 

@@ -41,6 +41,21 @@ class Line:
         """The object under `key`; empty when it is null or missing."""
         return self._value(key, dict, "an object") or {}
 
+    def part(self, key: str) -> Line | None:
+        """The object under `key`, to be read as a line is; None when it is null or missing."""
+        value = self._value(key, dict, "an object")
+        return None if value is None else self._inside(key, value)
+
+    def parts(self, key: str) -> tuple[Line, ...]:
+        """The objects in the list under `key`; empty when it is null or missing."""
+        values = self._value(key, list, "a list of objects") or []
+        if not all(isinstance(value, dict) for value in values):
+            raise self._wrong(key, "a list of objects or null")
+        return tuple(self._inside(f"{key}.{at}", value) for at, value in enumerate(values))
+
+    def _inside(self, key: str, fields: Mapping[str, Any]) -> Line:
+        return Line(f"{self.where}, {key}", {"event": self.fields.get("event"), **fields})
+
     def number(self, key: str) -> float | None:
         """The number under `key`; None when it is null (as a number that was not finite is) or missing."""
         value = self.fields.get(key)

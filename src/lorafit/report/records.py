@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lorafit.report.lines import Line
+from lorafit.report.watched import Forgetting, Shift, Slices
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,9 @@ class Run:
         schedules: where the method's schedule stood, in order, each step once.
         anatomies: how far lengths and directions had moved, in order, each step once.
         verdict: what became of it, once it was done.
+        forgetting: what became of a general text.
+        slices: what became of each slice of the held-out records.
+        shift: what became of another domain.
     """
 
     path: Path
@@ -348,6 +352,9 @@ class Run:
     schedules: tuple[Schedule, ...] = ()
     anatomies: tuple[Anatomy, ...] = ()
     verdict: Verdict | None = None
+    forgetting: Forgetting | None = None
+    slices: Slices | None = None
+    shift: Shift | None = None
 
     @property
     def end(self) -> End | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from lorafit.report import text
+from lorafit.report import columns, text
 from lorafit.report.records import Process, Run
 from lorafit.report.text import escape
 
@@ -107,12 +107,8 @@ def evaluations(run: Run) -> str:
 
 
 def numbers(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of columns of numbers with their names above; all cells are HTML."""
-    body = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="wide" tabindex="0"><table class="numbers"><thead><tr>{_cells(head, "th")}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    """A table of columns with their names above, sorted on a click; all cells are HTML."""
+    return columns.of_html(head, rows)
 
 
 def _cells(values: Iterable[str], tag: str) -> str:

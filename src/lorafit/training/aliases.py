@@ -36,6 +36,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "quantize": "quantise",
         "rank": "r",
         "sequence_len": "max_length",
+        "source": "data",
         "target_modules": "targets",
         "torch_compile": "compile",
         "use_rslora": "rslora",
@@ -73,6 +74,7 @@ NEIGHBOURS: Mapping[str, tuple[tuple[str | None, str], ...]] = MappingProxyType(
 
 VALUES: Mapping[tuple[str, object], object] = MappingProxyType(
     {
+        ("general", False): "none",
         ("init_lora_weights", True): "default",
         ("init_lora_weights", "true"): "default",
         ("load_in_4bit", False): "none",

@@ -87,6 +87,9 @@ class Settings(BaseModel):
         eval_limit: evaluate on so many of the held-out records at most, evenly chosen; None is all.
         columns: role → column, where the columns go by other names.
         group: a column whose groups the split keeps whole.
+        slice: a column by which held-out records are told apart; None is one with a name such as domain or source.
+        target: data of another domain, on which the run is measured before and after.
+        general: a general text, on which what is forgotten is measured: a file, "embedded" or "none".
         task: "causal-lm", "sequence-classification", or "auto": what the records are.
         max_length: tokens of the longest sequence; longer ones are cut, and counted.
         packing: whether records of a batch share rows, with the same loss at each token; "auto" where that saves work
@@ -120,6 +123,9 @@ class Settings(BaseModel):
     eval_limit: int | None = Field(default=None, ge=1)
     columns: dict[str, str] | None = None
     group: str | None = None
+    slice: str | None = None
+    target: str | None = None
+    general: str = "embedded"
     task: Task = "auto"
     max_length: int = Field(default=1024, ge=2)
     packing: bool | Literal["auto"] = "auto"

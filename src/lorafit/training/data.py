@@ -5,7 +5,7 @@ Whatever is left out, cut, dropped or removed on the way is in `info`, with plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -15,11 +15,15 @@ from lorafit.training.encode import Encoded, Encoder, Encodings, Sample
 from lorafit.training.examples import Example, Labelled
 from lorafit.training.forms import Form, announcement, examples, label_names, left_out, recognise
 from lorafit.training.layouts import Layout
+from lorafit.training.slices import Slicing, counted, slicing
 from lorafit.training.sources import HubLoader, Source, load_hub, read_records
 from lorafit.training.split import groups_of, repeated, split_examples, without_leaks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Sift = Callable[[Source, Form], Source]
+"""Leaves out records before they are understood: what `lorafit check` does, which notes them."""
 
 _SHOWN = 5  # places that `info` names of records that were cut, dropped or removed
 
@@ -38,6 +42,7 @@ class DataSettings:
         seed: of the split.
         columns: role to column, where the columns go by other names; see `forms.recognise`.
         group: a column whose groups the split keeps whole.
+        slice: a column by which held-out records are told apart; None is one of `slices.NAMES`, if there is one.
         hub: fetches hub data sets.
     """
 
@@ -49,6 +54,7 @@ class DataSettings:
     seed: int = 0
     columns: Mapping[str, str] | None = None
     group: str | None = None
+    slice: str | None = None
     hub: HubLoader = load_hub
 
     def __post_init__(self) -> None:
@@ -66,6 +72,13 @@ class DataSettings:
                 expected="group together with eval_split",
                 fix="set eval_split=0.1, or leave group away",
             )
+        if self.slice is not None and self.eval_split is None and self.eval_data is None:
+            raise ConfigError(
+                "slice says how held-out records are told apart, and nothing is held out.",
+                found=f"slice={self.slice!r}",
+                expected="slice together with eval_split or eval_data",
+                fix="set eval_split=0.1, or leave slice away",
+            )
 
 
 @final
@@ -79,6 +92,8 @@ class Examples:
         form: how the records of `data` are read.
         announcements: one sentence each, to be said to the user.
         info: what is known of the data so far.
+        slicing: how the held-out records are told apart, None if they are not.
+        removed: what was taken out of training, because its questions are held out.
     """
 
     train: list[Example]
@@ -86,6 +101,8 @@ class Examples:
     form: Form
     announcements: tuple[str, ...]
     info: dict[str, Any]
+    slicing: Slicing | None = None
+    removed: tuple[Example, ...] = ()
 
 
 @final
@@ -99,6 +116,7 @@ class Data:
         samples: questions from the held-out data (from the training data if there are none).
         announcements: one sentence each, to be said to the user.
         info: the fields of the `data` record.
+        slicing: how the held-out records are told apart, None if they are not.
     """
 
     train: list[Encoded]
@@ -106,6 +124,7 @@ class Data:
     samples: list[Sample]
     announcements: tuple[str, ...]
     info: dict[str, Any]
+    slicing: Slicing | None = None
 
 
 @final
@@ -118,6 +137,7 @@ class LabelledData:
     labels: tuple[str, ...]
     announcements: tuple[str, ...]
     info: dict[str, Any]
+    slicing: Slicing | None = None
 
 
 @dataclass
@@ -136,8 +156,12 @@ class _Report:
             self.sentences.append(f"{len(wheres):,} {records} {sentence} ({some(wheres, 3)})")
 
 
-def load_examples(settings: DataSettings) -> Examples:
+def load_examples(settings: DataSettings, sift: Sift | None = None) -> Examples:
     """Reads, recognises and splits the data. Needs no tokenizer and does not import torch.
+
+    Args:
+        settings: which data, and how they are split.
+        sift: leaves out records that cannot be understood; if None, the first of them is raised.
 
     Raises:
         DataError: the data cannot be read, recognised or split.
@@ -146,11 +170,14 @@ def load_examples(settings: DataSettings) -> Examples:
     report = _Report()
     source = read_records(settings.data, split=settings.data_split, hub=settings.hub)
     form = recognise(source, settings.columns)
+    sliced = slicing(source.records, form.columns.values(), settings.slice) if settings.eval_split is not None else None
     used = () if settings.group is None else (settings.group,)
+    used = used if sliced is None else (*used, sliced.column)
     report.sentences.append(announcement(source, form, used))
+    source = source if sift is None else sift(source, form)
     train, held, split = examples(source, form), list[Example](), "none"
     if settings.eval_data is not None:
-        held_source, held = _held_out(settings, report)
+        held_source, held, sliced = _held_out(settings, report, sift)
         split = f"evaluation data: {held_source.name}"
     elif settings.eval_split is not None:
         groups = None if settings.group is None else groups_of(source.records, settings.group)
@@ -158,7 +185,10 @@ def load_examples(settings: DataSettings) -> Examples:
         whole = f", groups of {settings.group!r} kept whole" if settings.group else ""
         split = f"{len(held):,} of {len(source.records):,} held out by seed {settings.seed}{whole}"
         report.sentences.append(split)
-    train, removed = without_leaks(train, held)
+    if sliced is not None:
+        report.sentences.append(counted(sliced, [example.where for example in held]))
+    everything = train
+    train, removed = without_leaks(everything, held)
     report.info.update(
         source=source.name,
         format=source.format,
@@ -168,18 +198,24 @@ def load_examples(settings: DataSettings) -> Examples:
         repeated=repeated(train),
     )
     report.places("removed", removed, "removed from training: their questions are held out for evaluation")
-    return Examples(train, held, form, tuple(report.sentences), report.info)
+    places = set(removed)
+    gone = tuple(example for example in everything if example.where in places)
+    return Examples(train, held, form, tuple(report.sentences), report.info, sliced, gone)
 
 
-def _held_out(settings: DataSettings, report: _Report) -> tuple[Source, list[Example]]:
+def _held_out(
+    settings: DataSettings, report: _Report, sift: Sift | None
+) -> tuple[Source, list[Example], Slicing | None]:
     name = settings.eval_data or ""
     split = settings.eval_data_split
     if split is None and name == settings.data:
         split = "validation"
     source = read_records(name, split=split, hub=settings.hub)
     form = recognise(source, settings.columns)
-    report.sentences.append(f"evaluation data: {announcement(source, form)}")
-    return source, examples(source, form)
+    sliced = slicing(source.records, form.columns.values(), settings.slice)
+    used = () if sliced is None else (sliced.column,)
+    report.sentences.append(f"evaluation data: {announcement(source, form, used)}")
+    return source, examples(source if sift is None else sift(source, form), form), sliced
 
 
 def load_data(
@@ -240,6 +276,7 @@ def load_data(
         [encoder.sample(example) for example in chosen],
         tuple(report.sentences),
         report.info,
+        loaded.slicing,
     )
 
 
@@ -310,7 +347,7 @@ def load_labelled_data(
         longest_uncut=max(train.longest, held.longest),
         max_length=max_length,
     )
-    return LabelledData(train.items, held.items, names, tuple(report.sentences), report.info)
+    return LabelledData(train.items, held.items, names, tuple(report.sentences), report.info, loaded.slicing)
 
 
 def _labelled(read: Sequence[Example], form: Form) -> list[Labelled]:

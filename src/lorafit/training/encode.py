@@ -32,7 +32,7 @@ from lorafit.training.sequences import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "Encodings", "Piece", "Sample", "rendering"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "Encodings", "NoticedWarning", "Piece", "Sample", "rendering"]
 
 _CHUNK = 1000  # examples tokenized in one call: enough to be fast, few enough to stay small
 
@@ -60,6 +60,23 @@ class _Learnt(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+@final
+class NoticedWarning(LorafitWarning):
+    """What was noticed while records were encoded, for people (its text) and for a check (its attributes).
+
+    Args:
+        name: which of the things that are noticed it is.
+        text: what it is.
+        places: where the records were read.
+    """
+
+    def __init__(self, name: str, text: str, places: Sequence[str]) -> None:
+        self.name = name
+        self.text = text
+        self.places = tuple(places)
+        super().__init__(f"{len(places):,} record{'s' * (len(places) != 1)} ({some(places, 3)}): {text}")
+
+
 @dataclass
 class _Noticed:
     """Places of what does not stop the encoding and still must be said."""
@@ -71,29 +88,32 @@ class _Noticed:
     header_checked: bool = False  # once is enough: it is the template's doing, not the record's
 
     def warn(self) -> None:
-        for places, text in (
+        for name, places, text in (
             (
+                "unstopped",
                 self.unstopped,
                 "the chat template puts no special token after the answer: the model will not learn to stop",
             ),
             (
+                "rewritten",
                 self.rewritten,
                 "the chat template does not write the answer as it stands in the data: check the rendering",
             ),
             (
+                "special",
                 self.special,
                 "the text holds the spelling of a special token, and is read as that token: remove it, if it "
                 "is not meant",
             ),
             (
+                "header",
                 self.header,
                 "the chat template ignores add_generation_prompt: the header in front of an answer is learnt "
                 "with it, as the model has to write it",
             ),
         ):
             if places:
-                said = f"{len(places):,} record{'s' * (len(places) != 1)} ({some(places, 3)}): {text}"
-                warnings.warn(said, LorafitWarning, stacklevel=4)
+                warnings.warn(NoticedWarning(name, text, places), stacklevel=4)
 
 
 @final

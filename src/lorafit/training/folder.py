@@ -25,7 +25,7 @@ LABELS = "labels.json"
 PARTS = (STATE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 """What a checkpoint must hold, beside the states of random generators, so that a run goes on as if it never stopped."""
 
-FREE = frozenset({"output_dir", "samples", "max_new_tokens", "prefix_cache", "recompute"})
+FREE = frozenset({"output_dir", "samples", "max_new_tokens", "prefix_cache", "recompute", "general", "slice", "target"})
 FREE_TRAINING = frozenset(
     {"report_to", "run_name", "project", "save_steps", "save_total_limit", "save_strategy", "dataloader_num_workers"}
 )

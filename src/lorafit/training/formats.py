@@ -290,13 +290,13 @@ def _check_header(header: list[str], where: str, delimiter: str) -> None:
             fix="name it, or remove the column (pandas: to_csv(path, index=False))",
         )
     other = "\t" if delimiter == "," else ","
-    if len(header) == 1 and any(mark in header[0] for mark in (other, ";")):
+    if len(header) == 1 and any(mark in header[0] for mark in (other, ";", "|")):
         raise DataError(
             "The header is one column that holds another separator.",
             where=where,
             found=repr(header[0]),
             expected="columns separated by " + ("commas" if delimiter == "," else "tabs"),
-            fix="name a file with tabs .tsv and one with commas .csv; save one with semicolons anew",
+            fix="name a file with tabs .tsv and one with commas .csv; save one with semicolons or bars anew",
         )
 
 

@@ -218,13 +218,14 @@ def _mapped(record: Record, columns: Mapping[str, str]) -> Shape:
 
 
 def _check_all(records: Sequence[Record], shape: Shape) -> None:
-    needed = shape.required.values()
-    for record in records:
-        missing = [column for column in needed if column not in record.fields]
-        if missing:
+    needed = set(shape.required.values())
+    for place, record in enumerate(records):
+        if not needed <= record.fields.keys():
+            missing = [column for column in shape.required.values() if column not in record.fields]
+            alike = [other.where for other in records[place + 1 :] if not needed <= other.fields.keys()]
             raise DataError(
                 "The records do not all have the same columns.",
-                where=record.where,
+                where=f"{record.where} (and {len(alike):,} more like it: {some(alike, 3)})" if alike else record.where,
                 found=f"no {some(map(repr, missing))} in the columns {some(map(repr, record.fields), 12)}",
                 expected=f"the columns of {records[0].where}: {some(map(repr, records[0].fields), 12)}",
                 near=[near for column in missing for near in nearest(column, record.fields, 1)],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafit.training.findings import Findings
 from lorafit.training.folder import RunFolder
 
 
@@ -53,6 +54,7 @@ class Outcome:
         peak_rss_bytes: peak memory of this process, None where the system does not tell.
         shown: questions answered before and after.
         verdict: what became of the run, None without held-out data.
+        findings: what else became of it: of a general text, of slices, of another domain.
     """
 
     status: str
@@ -67,6 +69,7 @@ class Outcome:
     peak_rss_bytes: int | None
     shown: tuple[Shown, ...]
     verdict: Told | None = None
+    findings: Findings = field(default_factory=Findings)
 
     def figures(self) -> dict[str, Any]:
         """What the records and the result hold of it."""
@@ -97,4 +100,5 @@ class Outcome:
             peak_rss_bytes=done["peak_rss_bytes"],
             shown=tuple(Shown(**one) for one in done["shown"]),
             verdict=None if told is None else Told(**{**told, "hints": tuple(told["hints"])}),
+            findings=Findings.read(done.get("findings", {})),
         )

@@ -180,6 +180,25 @@ def skeleton(
         LorafitError: the settings do not fit the model, as in a run.
         NotTraceableError: it needs values.
     """
+    model, handle, based = fitted(settings, located, data, pad, dtype)
+    if arguments.activation_checkpointing:
+        model.activation_checkpointing_enable(dict(arguments.activation_checkpointing_kwargs or {}))
+        model.disable_input_require_grads()
+    objective, layout, told = _trained(settings, arguments, model, data, pad)
+    shortest: list[Any] = sorted(data.train, key=len)[:2]
+    keeping = _keeping(settings, arguments, model, objective, layout(shortest))
+    return Skeleton(model, handle, objective, layout, told, _sizes(model, handle, arguments, based), arguments, keeping)
+
+
+def fitted(
+    settings: Settings, located: Located, data: Data | LabelledData, pad: int, dtype: torch.dtype
+) -> tuple[Any, Handle, _Base]:
+    """The model without weights, the adapter on it, and what a quantised base takes otherwise.
+
+    Raises:
+        LorafitError: the settings do not fit the model, as in a run.
+        NotTraceableError: the adapter needs values.
+    """
     model, head, based = _model(settings, located, data, pad, dtype)
     with _traceable("the adapter"), Ledger():
         handle = attach(
@@ -192,13 +211,7 @@ def skeleton(
             modules_to_save=[*settings.modules_to_save, *(one for one in head if one not in settings.modules_to_save)],
             seed=settings.seed,
         )
-    if arguments.activation_checkpointing:
-        model.activation_checkpointing_enable(dict(arguments.activation_checkpointing_kwargs or {}))
-        model.disable_input_require_grads()
-    objective, layout, told = _trained(settings, arguments, model, data, pad)
-    shortest: list[Any] = sorted(data.train, key=len)[:2]
-    keeping = _keeping(settings, arguments, model, objective, layout(shortest))
-    return Skeleton(model, handle, objective, layout, told, _sizes(model, handle, arguments, based), arguments, keeping)
+    return model, handle, based
 
 
 def _keeping(

@@ -35,6 +35,7 @@ from lorafit.training.packing_trial import Decision, decide
 from lorafit.training.quantised import check_quantise, load_base, quantise_loaded
 from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Sample
+from lorafit.training.watching import Watched, gather
 
 Notify = Callable[[str], object]
 
@@ -63,6 +64,7 @@ class Task:
         layout: makes the batches to train and to evaluate on, in which records may share rows.
         head: modules that the checkpoint did not hold and that are therefore trained in full.
         fingerprint: of the encoded data, so that a run does not go on with others.
+        watched: what is measured before and after and not learnt from.
     """
 
     model: Any
@@ -75,6 +77,7 @@ class Task:
     layout: Collator | LabelCollator | PackingCollator
     head: list[str]
     fingerprint: str
+    watched: Watched
 
 
 def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
@@ -123,6 +126,7 @@ def data_settings(settings: Settings) -> DataSettings:
         seed=settings.seed,
         columns=settings.columns,
         group=settings.group,
+        slice=settings.slice,
     )
 
 
@@ -135,8 +139,12 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     """
     located = locate(settings.model, notify)
     tokenizer = load_tokenizer(located)
-    data = encode(settings, tokenizer, load_examples(data_settings(settings)))
+    loaded = load_examples(data_settings(settings))
+    data = encode(settings, tokenizer, loaded)
     for sentence in data.announcements:
+        notify(sentence)
+    watched = gather(settings, tokenizer, loaded, data)
+    for sentence in watched.told:
         notify(sentence)
     dtype = choose_dtype(settings.dtype, arguments.device)
     pad = tokenizer.pad_token_id
@@ -148,15 +156,17 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
         plain = Collator(pad)
         decision = lay_out(settings, arguments, model, loss, data, plain)
         _say(notify, decision.told)
-        objective = NextToken(loss)
-        return Task(model, tokenizer, located, data, data.samples, objective, plain, decision.collator, [], fingerprint)
+        rows = decision.collator
+        return Task(
+            model, tokenizer, located, data, data.samples, NextToken(loss), plain, rows, [], fingerprint, watched
+        )
     check_unpacked(settings)
     model, head = load_classifier(located, dtype, data.labels, pad, seed=settings.seed)
     if head:
         notify(f"new in this model, and trained in full: {', '.join(head)}")
     _say(notify, quantise_loaded(settings.quantise, model, [*settings.modules_to_save, *head]))
     labelled = LabelCollator(pad)
-    return Task(model, tokenizer, located, data, [], Classes(), labelled, labelled, head, fingerprint)
+    return Task(model, tokenizer, located, data, [], Classes(), labelled, labelled, head, fingerprint, watched)
 
 
 def _say(notify: Notify, text: str) -> None:

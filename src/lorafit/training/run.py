@@ -29,6 +29,7 @@ from lorafit.training.data import LabelledData
 from lorafit.training.dropping import Trial, settle
 from lorafit.training.folder import LABELS, open_folder
 from lorafit.training.judging import Judging
+from lorafit.training.measuring import Watch
 from lorafit.training.models import default_rate
 from lorafit.training.outcome import Outcome, Shown, Told
 from lorafit.training.prefix import Computed, Prefix
@@ -155,6 +156,8 @@ class _Run:
         judging.recall(self._step())
         before = self._first_evaluation(trainer)
         judging.add()
+        watch = Watch(task, trainer, handle, self.recorder, self.folder, self.notify)
+        watch.before(resumed=self.checkpoint is not None)
         self._estimate(task, trainer)
         first = self._first_answers(task, handle)
         interrupt, bar = Interrupt(self.notify), Bar(self.console, trainer.meter)
@@ -168,7 +171,7 @@ class _Run:
             interrupt.restore()
         if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
             return self._interrupted(trainer, before)
-        return self._done(task, handle, trainer, judging, before, first)
+        return self._done(task, handle, trainer, judging, watch, before, first)
 
     def _attach(self, task: Task, method: Method) -> Handle:
         settings = self.settings
@@ -297,6 +300,7 @@ class _Run:
         handle: Handle,
         trainer: AdapterTrainer,
         judging: Judging,
+        watch: Watch,
         before: float | None,
         first: Sequence[str],
     ) -> Outcome:
@@ -310,6 +314,7 @@ class _Run:
         if kept is not None:
             after = kept.mean
         self._tell_best(handle, trainer)
+        findings = watch.after(judging.evaluations, trainer.last_records if kept is None else kept)
         self.prefix.remove()
         last = answers(task.model, task.tokenizer, task.samples, self.settings.max_new_tokens)
         self._record_answers(task, last, "after")
@@ -322,9 +327,10 @@ class _Run:
             for sample, old, new in zip(task.samples, first, last, strict=True)
         )
         judging.remove()
-        outcome = self._outcome("done", self.folder.adapter, trainer, before, after, shown)
+        outcome = replace(self._outcome("done", self.folder.adapter, trainer, before, after, shown), findings=findings)
         if verdict is not None:
-            told = Told(verdict.kind.value, verdict.sentence, verdict.hints, trainer.restored)
+            hints = verdict.hints if findings.slices is None else (*verdict.hints, *findings.slices.hints)
+            told = Told(verdict.kind.value, verdict.sentence, hints, trainer.restored)
             outcome = replace(outcome, verdict=told)
             self.recorder.write("verdict", **asdict(told))
         self.recorder.write("end", **outcome.figures(), adapter=self.folder.adapter.name, message="")
@@ -334,6 +340,7 @@ class _Run:
                 "resumed_from": outcome.resumed_from,
                 "shown": [asdict(one) for one in shown],
                 "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
+                "findings": findings.as_json(),
             }
         )
         return outcome

@@ -32,6 +32,10 @@ from lorafit.training.verdict import Evaluation
 TRAINER_STATE = "trainer_state.json"
 
 
+class DivergedError(TrainingError):
+    """The loss of a run is not finite."""
+
+
 class Meter:
     """Counts tokens and seconds of training since it was last read; `rate` is tokens per second up to that reading."""
 
@@ -212,7 +216,7 @@ class AdapterTrainer(Trainer):
         with self.prefix.over(inputs), self.keeping.over():
             loss = self.objective.loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss.detach()):
-            raise TrainingError(
+            raise DivergedError(
                 "the loss is not finite",
                 where=f"step {self.state.global_step + 1}",
                 found=loss.item(),

@@ -1,0 +1,234 @@
+"""What is compared: methods of the household and references, each with the settings of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from lorafit.errors import ConfigError, nearest
+from lorafit.experiments.parts import Parts
+from lorafit.experiments.trial import Kind, Notify
+from lorafit.training.aliases import ALIASES
+from lorafit.training.config import Layer, Settings, resolve
+
+REFERENCES = ("base", "full")
+SAVE_STEPS = {Kind.ADAPTER: 0.25, Kind.FULL: 0.5, Kind.BASE: 0.5}
+"""How often a trial is saved, as a share of its steps, where the user says nothing: all weights take their time."""
+OWN: Mapping[str, str] = {
+    "method": "--methods a,b",
+    "output_dir": "--output-dir",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Candidate:
+    """One of those that are compared.
+
+    Attributes:
+        name: a method's, or a reference's.
+        kind: what is trained.
+        settings: of its runs; the seed, the steps and the rate are put in later.
+    """
+
+    name: str
+    kind: Kind
+    settings: Settings
+
+    @property
+    def fixed(self) -> float | None:
+        """The rate that the user chose for it; None where it is to be searched."""
+        found = self.settings.training.get("learning_rate")
+        return None if found is None else float(found)
+
+    def run(self, parts: Parts, *, seed: int, rate: float | None, steps: int | None) -> Settings:
+        """The settings of one of its runs."""
+        given = self.settings.training
+        training = {"save_steps": SAVE_STEPS[self.kind], "save_total_limit": 1, **self._chosen()}
+        if rate is not None:
+            training["learning_rate"] = rate
+        if steps is not None:
+            training["max_steps"] = steps
+        return self.settings.model_copy(
+            update={
+                "data": parts.train,
+                "data_split": None,
+                "eval_data": parts.validation,
+                "eval_data_split": None,
+                "eval_split": None,
+                "eval_limit": None,
+                "group": None,
+                "seed": seed,
+                "samples": 0,
+                "general": "none",  # what is forgotten is no part of the comparison, and takes as long as the steps
+                "target": None,
+                "training": {**given, **training},
+            }
+        )
+
+    def _chosen(self) -> dict[str, Any]:
+        """What the user says on saving: what differs from what everybody gets."""
+        from lorafit.training.config import DEFAULT_TRAINING
+
+        names = ("save_steps", "save_total_limit")
+        given = self.settings.training
+        return {name: given[name] for name in names if given.get(name) != DEFAULT_TRAINING[name]}
+
+
+def candidates(
+    layers: Sequence[Layer], methods: Sequence[str], references: Sequence[str], say: Callable[[str], None]
+) -> list[Candidate]:
+    """Methods in their order, then references, with settings shared as far as a method has them.
+
+    Args:
+        layers: as `resolve` takes them; besides, a method's name with a mapping holds settings of that method alone.
+        methods: names.
+        references: "base", "full".
+        say: is told what a method is not given, and neighbours' spellings.
+
+    Raises:
+        ConfigError: an unknown method, reference or setting, or one that a comparison decides by itself.
+    """
+    from lorafit.methods import METHODS, accepts, method_class
+
+    names = list(dict.fromkeys(method_class(name, "--methods").name for name in methods))
+    _check_references(references)
+    shared, own = _parted(layers, METHODS)
+    for stranger in sorted(set(own) - set(names)):
+        raise ConfigError(
+            "settings of a method that is not compared",
+            where=stranger,
+            expected=f"one of {', '.join(names)}",
+            fix=f"add {stranger} to --methods, or remove them",
+        )
+    every = {option for name in METHODS for option in accepts(name)}
+    made: list[Candidate] = []
+    for name in names:
+        accepted = accepts(name)
+        given = [(origin, _of(values, every - set(accepted))) for origin, values in shared]
+        _tell_left_out(name, shared, every - set(accepted), say)
+        settings = resolve([*given, *own.get(name, ()), ("--methods", {"method": name})], say if not made else _quiet)
+        made.append(Candidate(name, Kind.ADAPTER, settings))
+    plain = [(origin, _of(values, every)) for origin, values in shared]
+    for name in references:
+        made.append(Candidate(name, Kind(name), resolve(plain, _quiet)))
+    if not made or not names:
+        raise ConfigError("there is nothing to compare", where="--methods", fix="--methods lora,dora")
+    for candidate in made:
+        _check(candidate.settings)
+    return made
+
+
+def _quiet(line: str) -> None:
+    """What was said once is not said again."""
+
+
+def _check_references(references: Sequence[str]) -> None:
+    for name in references:
+        if name not in REFERENCES:
+            raise ConfigError(
+                "no such reference",
+                where="--reference",
+                found=repr(name),
+                expected=" or ".join(REFERENCES),
+                near=nearest(name, REFERENCES),
+                fix="--reference base,full",
+            )
+
+
+def _parted(layers: Sequence[Layer], methods: Mapping[str, Any]) -> tuple[list[Layer], dict[str, list[Layer]]]:
+    """Settings of all, and those of single methods."""
+    shared: list[Layer] = []
+    own: dict[str, list[Layer]] = {}
+    for origin, values in layers:
+        left: dict[str, Any] = {}
+        for key, value in values.items():
+            name = str(key).replace("_", "-").lower()
+            if name in methods and isinstance(value, Mapping):
+                own.setdefault(name, []).append((f"{origin}: {key}", value))
+                continue
+            canonical = ALIASES.get(str(key).replace("-", "_"), str(key).replace("-", "_"))
+            if canonical in OWN:
+                raise ConfigError(
+                    f"a comparison decides {canonical} by itself",
+                    where=f"{origin}: {key}",
+                    found=repr(value),
+                    expected=OWN[canonical],
+                    fix=f"remove {key}",
+                )
+            left[key] = value
+        shared.append((origin, left))
+    return shared, own
+
+
+def _of(values: Mapping[str, Any], without: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if _canonical(key) not in without}
+
+
+def _canonical(key: str) -> str:
+    name = str(key).replace("-", "_")
+    return ALIASES.get(name, name)
+
+
+def _tell_left_out(name: str, shared: Sequence[Layer], strange: set[str], say: Notify) -> None:
+    left = [str(key) for _, values in shared for key in values if _canonical(key) in strange]
+    if left:
+        say(f"{name} has no {', '.join(sorted(set(left)))}: it runs without")
+
+
+def _check(settings: Settings) -> None:
+    if settings.early_stopping:
+        raise ConfigError(
+            "candidates of a comparison have the same number of steps",
+            where="early_stopping",
+            found="true",
+            fix="leave early_stopping out: the adapter with the lowest validation loss is kept anyway",
+        )
+    if settings.training.get("eval_strategy") == "no":
+        raise ConfigError(
+            "rates are chosen by the validation part",
+            where="eval_strategy",
+            found="no",
+            fix="leave eval_strategy out",
+        )
+
+
+def default_rates(made: Sequence[Candidate], say: Notify, *, classifies: bool) -> dict[str, float]:
+    """The rate that each search begins with: what `lorafit train` would take.
+
+    Only the shapes of the model are looked at: its weights are not loaded.
+
+    Raises:
+        ConfigError: there is no such model.
+        TargetError: no such layers.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from lorafit.experiments.full import TIMES
+    from lorafit.methods import build
+    from lorafit.plan import Modules, choose, saved_paths
+    from lorafit.training.models import default_rate, loaded, locate
+    from lorafit.training.planning_shades import shades
+
+    first = made[0].settings
+    located = locate(first.model, say)
+    config = loaded(located, lambda: AutoConfig.from_pretrained(located.path))
+    width = default_rate(config.get_text_config().hidden_size)
+    with torch.device("meta"):
+        kind: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        model = kind.from_config(config)
+    shades(model)
+    modules = Modules.of(model)
+    rates = {}
+    for one in made:
+        if one.kind is Kind.FULL:
+            rates[one.name] = width * TIMES
+        elif one.kind is Kind.ADAPTER:
+            settings = one.settings
+            saved = saved_paths(modules, settings.modules_to_save)
+            paths = choose(model, modules, settings.targets, settings.exclude, saved)
+            shapes = [site.shape for site in modules.sites(paths)]
+            rates[one.name] = width * build(settings.method, settings.method_options).rate(shapes)
+    return rates

@@ -1,0 +1,349 @@
+"""Candidates against each other on the same records: a rate is chosen for each, then several seeds are reported.
+
+Rates are chosen by the validation part. The test part is measured for the runs that are reported and enters no choice.
+All runs have the same records, in the same order for a seed, and the same number of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+from lorafit import __version__, files
+from lorafit.errors import ConfigError, some
+from lorafit.experiments.candidates import Candidate
+from lorafit.experiments.parts import Parts
+from lorafit.experiments.runner import Runner
+from lorafit.experiments.spending import Plan
+from lorafit.experiments.trial import TRIALS, Kind, Result, Trial
+from lorafit.experiments.tuning import Search, best
+from lorafit.training.folder import FREE, FREE_TRAINING, RECORDS
+
+FORMAT = 1
+COMPARISON = "comparison.json"
+SETTINGS = "settings.json"
+NOWHERE = "the loss was not finite at any of the rates"
+
+
+@final
+@dataclass
+class Standing:
+    """Where one candidate stands.
+
+    Attributes:
+        candidate: which.
+        rate: the chosen one; None while it is searched, and for the base.
+        search: each rate that was tried, and what it came to.
+        seeds: each seed that is reported, and what it came to.
+        failed: why there is nothing to report; None for nothing.
+    """
+
+    candidate: Candidate
+    rate: float | None = None
+    search: list[tuple[float, Result]] = field(default_factory=list)
+    seeds: list[tuple[int, Result]] = field(default_factory=list)
+    failed: str | None = None
+
+    @property
+    def results(self) -> list[Result]:
+        """All runs so far."""
+        return [result for _, result in [*self.search, *self.seeds]]
+
+    def as_json(self) -> dict[str, Any]:
+        """As comparison.json holds it."""
+        return {
+            "name": self.candidate.name,
+            "kind": self.candidate.kind.value,
+            "options": self.candidate.settings.method_options if self.candidate.kind is Kind.ADAPTER else {},
+            "rate": self.rate,
+            "search": [
+                {
+                    "rate": rate,
+                    "validation": result.validation,
+                    "seconds": result.total_seconds,
+                    "failed": result.failed,
+                }
+                for rate, result in self.search
+            ],
+            "seeds": [_seed(seed, result) for seed, result in sorted(self.seeds, key=lambda one: one[0])],
+            "failed": self.failed,
+        }
+
+
+def _seed(seed: int, result: Result) -> dict[str, Any]:
+    measured = result.measured
+    return {
+        "seed": seed,
+        "trial": result.name,
+        "validation": result.validation,
+        "losses": [] if measured is None else list(measured.losses),
+        "counts": [] if measured is None else list(measured.counts),
+        "correct": None if measured is None or measured.correct is None else list(measured.correct),
+        "steps": result.steps,
+        "extra_steps": result.extra_steps,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "total_seconds": result.total_seconds,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "trainable": result.trainable,
+        "adapter_bytes": result.adapter_bytes,
+        "curve": [[step, loss] for step, loss in result.curve],
+        "failed": result.failed,
+    }
+
+
+Changed: TypeAlias = "Callable[[Comparison, Result | None], object]"
+
+
+@final
+class Comparison:
+    """One comparison in its folder.
+
+    Args:
+        folder: where it lives.
+        candidates: what is compared.
+        parts: the data.
+        plan: what is spent.
+        rates: the rate that each candidate's search begins with.
+        runner: runs trials.
+        command: how the user asked for it.
+        changed: is told of each result, and (with None) when other trials begin.
+
+    Raises:
+        ConfigError: the folder is another comparison's.
+        MissingExtraError: rates are to be searched, and Optuna is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        candidates: Sequence[Candidate],
+        parts: Parts,
+        plan: Plan,
+        rates: Mapping[str, float],
+        runner: Runner,
+        command: str,
+        changed: Changed,
+    ) -> None:
+        self.folder, self.parts, self.plan = folder, parts, plan
+        self.standings = [Standing(one) for one in candidates]
+        self.waiting: list[str] = []
+        self.ranking: dict[str, Any] | None = None
+        self.advice: list[str] = []
+        self._runner, self._command, self._changed = runner, command, changed
+        self._facts: dict[str, Any] = {}
+        own(folder, candidates, plan.steps)
+        self._searches = {
+            one.candidate.name: Search(folder, one.candidate.name, rates[one.candidate.name], plan.rates)
+            for one in self.standings
+            if one.candidate.kind is not Kind.BASE and one.candidate.fixed is None
+        }
+
+    @property
+    def total(self) -> int:
+        """How many trials there are in all."""
+        return sum(self._wanted(one) for one in self.standings)
+
+    @property
+    def done(self) -> int:
+        """How many of them are done."""
+        return sum(len(one.results) for one in self.standings)
+
+    def _wanted(self, standing: Standing) -> int:
+        if standing.failed is not None:
+            return len(standing.results)
+        if standing.candidate.kind is Kind.BASE:
+            return 1
+        return len(self.plan.seeds) + (self.plan.rates if standing.candidate.name in self._searches else 0)
+
+    def left(self) -> float | None:
+        """Seconds that the rest will take, going by the runs so far; None before the first."""
+        every = [result.total_seconds for one in self.standings for result in one.results if result.steps]
+        if not every:
+            return None
+        mean, seconds = math.fsum(every) / len(every), 0.0
+        for one in self.standings:
+            own_runs = [result.total_seconds for result in one.results if result.steps]
+            each = math.fsum(own_runs) / len(own_runs) if own_runs else mean
+            seconds += each * (self._wanted(one) - len(one.results))
+        return seconds
+
+    def run(self) -> None:
+        """Runs what is not done yet; comparison.json is written anew after each trial.
+
+        Raises:
+            LorafitError: a trial cannot run. What is done stays.
+        """
+        references = [one for one in self.standings if one.candidate.kind is Kind.BASE]
+        self._measure(references, self._seed_of_search)
+        for _ in range(self.plan.rates):
+            self._search()
+        for one in self.standings:
+            self._choose(one)
+        able = [one for one in self.standings if one.failed is None and one not in references]
+        for seed in self.plan.seeds:
+            self._measure(able, seed)
+        for one in self.standings:
+            if one.seeds and all(result.failed is not None for _, result in one.seeds):
+                one.failed = "no seed came to an end: " + str(one.seeds[0][1].failed)
+        self.write()
+
+    @property
+    def _seed_of_search(self) -> int:
+        return self.standings[0].candidate.settings.seed
+
+    def _trial(self, one: Standing, seed: int, rate: float | None, measured: str | None) -> Trial:
+        candidate = one.candidate
+        settings = candidate.run(self.parts, seed=seed, rate=rate, steps=self.plan.steps)
+        name = candidate.name if rate is None else f"{candidate.name}/rate-{rate:.2e}"
+        return Trial(f"{name}/seed-{seed}", settings, measured, candidate.kind, forget=True)
+
+    def _search(self) -> None:
+        """The next rate of each candidate."""
+        tried: dict[str, tuple[Standing, float, bool]] = {}
+        trials = []
+        for one in self.standings:
+            search = self._searches.get(one.candidate.name)
+            place = len(one.search)
+            if search is None or place >= self.plan.rates:
+                continue
+            known = search.tried
+            rate = known[place].rate if place < len(known) else search.next()
+            assert rate is not None
+            trial = self._trial(one, self._seed_of_search, rate, None)
+            tried[trial.name] = (one, rate, place < len(known))
+            trials.append(trial)
+        for result in self._results(trials):
+            one, rate, told = tried[result.name]
+            if not told:
+                self._searches[one.candidate.name].tell(rate, result.validation if result.failed is None else None)
+            one.search.append((rate, result))
+            self._step(result)
+
+    def _choose(self, one: Standing) -> None:
+        search = self._searches.get(one.candidate.name)
+        if search is None:
+            one.rate = one.candidate.fixed
+            return
+        chosen = best(search.tried)
+        if chosen is None:
+            one.failed = NOWHERE
+        else:
+            one.rate = chosen.rate
+
+    def _measure(self, standings: Sequence[Standing], seed: int) -> None:
+        """One seed of each, measured on the test part."""
+        trials = {}
+        for one in standings:
+            rate = None if one.candidate.kind is Kind.BASE else one.rate
+            trial = self._trial(one, seed, rate, self.parts.test)
+            trials[trial.name] = (trial, one)
+        for result in self._results([trial for trial, _ in trials.values()]):
+            trials[result.name][1].seeds.append((seed, result))
+            self._step(result)
+
+    def _results(self, trials: Sequence[Trial]) -> Any:
+        self.waiting = [trial.name for trial in trials]
+        if trials:
+            self._changed(self, None)
+        yield from self._runner.run(trials)
+
+    def _step(self, result: Result) -> None:
+        self.waiting.remove(result.name)
+        self.write()
+        self._changed(self, result)
+
+    def notes(self) -> list[str]:
+        """What there is to know of the choice of rates, in sentences."""
+        found = []
+        for one in self.standings:
+            lost = [rate for rate, result in one.search if result.failed is not None]
+            if lost:
+                found.append(f"{one.candidate.name} diverged at {', '.join(f'{rate:.3g}' for rate in sorted(lost))}")
+        return found
+
+    def write(self) -> None:
+        """Puts comparison.json in place."""
+        files.write_text(self.folder / COMPARISON, json.dumps(self.as_json(), allow_nan=False))
+
+    def as_json(self) -> dict[str, Any]:
+        """What comparison.json holds."""
+        plan, parts, facts = self.plan, self.parts, self._first()
+        data, shared = facts.get("data", {}), self.standings[0].candidate.settings.model_dump()
+        return {
+            "format": FORMAT,
+            "lorafit": __version__,
+            "command": self._command,
+            "settings": {key: value for key, value in shared.items() if key not in ("method", "method_options")},
+            "data": {
+                "name": parts.name,
+                "form": parts.form,
+                "train_records": parts.train_records,
+                "validation_records": parts.validation_records,
+                "test_records": parts.test_records,
+                "train_tokens": data.get("train_tokens"),
+                "longest": data.get("longest"),
+            },
+            "budget": {
+                "seconds": plan.seconds,
+                "steps": plan.steps,
+                "records": plan.records,
+                "rates": plan.rates,
+                "seeds": list(plan.seeds),
+                "said": list(plan.said),
+            },
+            "environment": facts.get("environment", {}),
+            "candidates": [one.as_json() for one in self.standings],
+            "ranking": self.ranking,
+            "advice": self.advice,
+        }
+
+    def _first(self) -> dict[str, Any]:
+        """What the records of the first run say of data and machine."""
+        names = [result.name for one in self.standings for result in one.results if result.steps]
+        if not self._facts and names:
+            for line in (self.folder / TRIALS / names[0] / RECORDS).read_text(encoding="utf-8").splitlines():
+                one = json.loads(line)
+                if one["event"] in ("data", "environment"):
+                    kept = {key: value for key, value in one.items() if key not in ("event", "time", "elapsed")}
+                    self._facts[one["event"]] = kept
+        return self._facts
+
+
+def own(folder: Path, candidates: Sequence[Candidate], steps: int) -> None:
+    """Makes the folder of a comparison, or finds it if it is this very one's. Candidates may be added to it.
+
+    Raises:
+        ConfigError: a candidate had other settings there.
+    """
+    path = folder / SETTINGS
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    mine = {one.name: _comparable(one) | {"steps": steps} for one in candidates}
+    different = [
+        f"{name}: {key} was {kept[name].get(key)!r} and is {value!r}"
+        for name, settings in mine.items()
+        if name in kept
+        for key, value in settings.items()
+        if kept[name].get(key) != value
+    ]
+    if different:
+        raise ConfigError(
+            "this is the output directory of another comparison",
+            where=folder,
+            found=some(different, 4),
+            expected="the same settings, to go on with it",
+            fix=f"choose another output_dir, or remove {folder}",
+        )
+    files.write_text(path, json.dumps({**kept, **mine}, indent=2))
+
+
+def _comparable(candidate: Candidate) -> dict[str, Any]:
+    settings = candidate.settings.model_dump()
+    settings["training"] = {key: value for key, value in settings["training"].items() if key not in FREE_TRAINING}
+    plain = {key: value for key, value in settings.items() if key not in FREE}
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found

@@ -1,0 +1,182 @@
+"""One run among several: what is asked of it, and what it came to. Importing this does not import torch."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+from lorafit import files
+from lorafit.errors import CheckpointError
+from lorafit.training.config import Settings
+
+Notify: TypeAlias = Callable[[str], object]
+
+TRIALS = "trials"
+"""The folder of an experiment in which each trial has its own."""
+RESULT = "trial.json"
+
+
+class Kind(enum.Enum):
+    """What a trial trains."""
+
+    ADAPTER = "adapter"
+    FULL = "full"
+    BASE = "base"
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment.
+
+    Attributes:
+        name: its folder below the experiment's trials, such as "lora/rate-1e-03/seed-0"; no other trial has it.
+        settings: those of the run; its `output_dir` is decided by who runs it.
+        measured: a file of records on which the finished model is measured, one by one; None for none.
+        kind: an adapter is trained, or all weights are, or nothing is.
+        forget: whether checkpoints, and the weights of a model that was trained in full, go once it is measured.
+    """
+
+    name: str
+    settings: Settings
+    measured: str | None = None
+    kind: Kind = Kind.ADAPTER
+    forget: bool = False
+
+    def folder(self, experiment: Path) -> Path:
+        """Where it lives."""
+        return experiment / TRIALS / self.name
+
+    def placed(self, experiment: Path) -> Settings:
+        """Its settings with that folder."""
+        return self.settings.model_copy(update={"output_dir": str(self.folder(experiment))})
+
+
+@final
+@dataclass(frozen=True)
+class Measured:
+    """Held-out records, one by one, in the order of their file.
+
+    Attributes:
+        losses: the summed loss of each, in nats.
+        counts: the predictions of each: tokens, or 1 for a label.
+        correct: how many of them were right; None where that is not counted.
+    """
+
+    losses: tuple[float, ...]
+    counts: tuple[int, ...]
+    correct: tuple[float, ...] | None
+
+    @property
+    def mean(self) -> float:
+        """The loss of one prediction."""
+        return math.fsum(self.losses) / math.fsum(self.counts)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of the predictions that are right."""
+        return None if self.correct is None else math.fsum(self.correct) / math.fsum(self.counts)
+
+
+@final
+@dataclass(frozen=True)
+class Result:
+    """What a trial came to. Its file is written last of all: a trial that has one is never run again.
+
+    Attributes:
+        name: the trial's.
+        steps: optimizer steps.
+        tokens: tokens trained on, padding left out.
+        trainable: trained parameters.
+        seconds: time in optimizer steps.
+        total_seconds: time of the whole trial: loading, a trial of LoRA-drop's, evaluations, measuring.
+        peak_rss_bytes: peak memory of the training process; None where the system does not tell.
+        adapter_bytes: size of the trained weights' file; None where there is none.
+        validation: mean loss on the run's own held-out part, of what was kept; None without such a part.
+        curve: (step, held-out loss), in order.
+        measured: the records of the trial's file; None without one, or after a failure.
+        failed: what went wrong in it, for people: a run that diverged is a result. None for nothing.
+        extra_steps: steps that the method took beside those of training, as LoRA-drop does to choose layers.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    trainable: int
+    seconds: float
+    total_seconds: float
+    peak_rss_bytes: int | None
+    adapter_bytes: int | None
+    validation: float | None
+    curve: tuple[tuple[int, float], ...]
+    measured: Measured | None
+    failed: str | None
+    extra_steps: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Puts it into the trial's folder, whole or not at all."""
+        files.write_text(folder / RESULT, json.dumps(asdict(self), allow_nan=False))
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Result:
+        """As `write` wrote it."""
+        measured = found["measured"]
+        return cls(
+            **{
+                **found,
+                "curve": tuple((step, loss) for step, loss in found["curve"]),
+                "measured": None
+                if measured is None
+                else Measured(
+                    tuple(measured["losses"]),
+                    tuple(measured["counts"]),
+                    None if measured["correct"] is None else tuple(measured["correct"]),
+                ),
+            }
+        )
+
+
+def finished(trial: Trial, experiment: Path) -> Result | None:
+    """The result of a trial that is done; None for one that is not.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    path = trial.folder(experiment) / RESULT
+    if not path.is_file():
+        return None
+    try:
+        return Result.of(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "the result of a trial is damaged",
+            where=path,
+            found=f"{type(error).__name__}: {error}",
+            expected="the JSON that the trial wrote",
+            fix=f"remove {path.parent}: the same command runs this trial again",
+        ) from None
+
+
+def run_trial(trial: Trial, folder: Path, notify: Notify) -> Result:
+    """Runs a trial in this process, or goes on where it was stopped, or reads what it came to.
+
+    Args:
+        trial: what to run.
+        folder: the experiment's folder.
+        notify: is told what the run finds and decides, line by line.
+
+    Raises:
+        LorafitError: the settings, the data or the folder do not do.
+        KeyboardInterrupt: it was stopped; what it did so far is saved.
+    """
+    done = finished(trial, folder)
+    if done is not None:
+        return done
+    from lorafit.experiments.running import run
+
+    return run(trial, folder, notify)

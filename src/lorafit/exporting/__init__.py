@@ -1,0 +1,1 @@
+"""Adapters in the files of other programs: checked after they were written."""

@@ -1,0 +1,191 @@
+"""A comparison ends with the same table, however often it is killed on the way, and its choices see no test record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafit.cli.main import main
+from lorafit.errors import ConfigError
+from lorafit.experiments.candidates import candidates
+from lorafit.experiments.ray_runner import Ray
+from lorafit.experiments.trial import Kind, Trial
+
+SIZES = "--max-steps 6 --per-device-train-batch-size 4 --eval-split 8 --rates 3 --lora_r 4"
+
+
+def words(llama: Path, sums: Path, folder: Path, extra: str) -> list[str]:
+    names = ["--model", str(llama), "--data", str(sums), "--output-dir", str(folder)]
+    return ["compare", *names, *SIZES.split(), *extra.split()]
+
+
+def outcome(folder: Path) -> Any:
+    """What of a comparison must not depend on kills: all but times and memory."""
+    found = json.loads((folder / "comparison.json").read_text())
+    clocks = {"seconds", "total_seconds", "peak_rss_bytes"}
+    for one in found["candidates"]:
+        one["search"] = [{key: value for key, value in each.items() if key not in clocks} for each in one["search"]]
+        one["seeds"] = [{key: value for key, value in each.items() if key not in clocks} for each in one["seeds"]]
+    places = [(one["name"], one["place"], one["tied"], one["score"], one["low"]) for one in found["ranking"]["places"]]
+    return found["candidates"], places, found["budget"]
+
+
+@pytest.fixture(scope="session")
+def compared(llama, sums, place) -> Path:
+    """A comparison of one method, undisturbed."""
+    assert main(words(llama, sums, place / "compared", "--methods lora")) == 0
+    return place / "compared"
+
+
+def test_each_candidate_has_its_rate_and_three_seeds_on_all_test_records(compared):
+    found = json.loads((compared / "comparison.json").read_text())
+    lora, base = found["candidates"]
+    assert (lora["name"], base["name"], base["kind"]) == ("lora", "base", "base")
+    assert len(lora["search"]) == 3 and lora["rate"] == min(lora["search"], key=lambda one: one["validation"])["rate"]
+    assert [one["seed"] for one in lora["seeds"]] == [43, 44, 45] and [one["steps"] for one in lora["seeds"]] == [6] * 3
+    assert {len(one["losses"]) for one in lora["seeds"] + base["seeds"]} == {8} == {found["data"]["test_records"]}
+    assert lora["seeds"][0]["losses"] != lora["seeds"][1]["losses"]
+    assert found["data"]["train_tokens"] > 0 and found["environment"]["torch"]
+    assert found["ranking"]["places"][0]["name"] == "lora"
+    assert (compared / "comparison.html").is_file()
+
+
+def test_no_question_is_in_two_parts_and_no_choice_sees_the_test_part(compared):
+    parts = [
+        {json.loads(line)["question"] for line in (compared / "data" / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("train", "validation", "test")
+    ]
+    assert [len(part) for part in parts] == [64, 8, 8] and len(set.union(*parts)) == 80
+    for result in (compared / "trials").rglob("trial.json"):
+        searched = result.parent.name == "seed-42" and result.parent.parent.name != "base"
+        assert (json.loads(result.read_text())["measured"] is None) == searched
+
+
+def test_the_same_command_again_runs_nothing(compared, llama, sums, capsys):
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("trial.json")}
+    assert main(words(llama, sums, compared, "--methods lora")) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in compared.rglob("trial.json")} and len(before) == 7
+    assert "7 of 7" in capsys.readouterr().out
+
+
+def test_other_settings_in_the_same_folder_are_refused(compared, llama, sums, capsys):
+    assert main([*words(llama, sums, compared, "--methods lora"), "--alpha", "3"]) == 1
+    assert "another comparison" in capsys.readouterr().err
+
+
+def test_a_candidate_that_diverges_is_shown_as_such(llama, sums, tmp_path, capsys):
+    extra = "--methods lora --set lora.learning_rate=1e12 --warmup-steps 0"
+    assert main(words(llama, sums, tmp_path / "wild", extra)) == 0
+    wild = json.loads((tmp_path / "wild" / "comparison.json").read_text())["candidates"][0]
+    assert "not finite" in wild["failed"] and wild["search"] == []
+    assert "not finite" in capsys.readouterr().out
+
+
+def kill(command: list[str], folder: Path, times: int, *, group: bool) -> None:
+    """Starts a command and kills it so often, each time when there is one more trial begun than before."""
+    for number in range(times):
+        seen = len(list(folder.rglob("records.jsonl")))
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        end = time.monotonic() + 120
+        while len(list(folder.rglob("records.jsonl"))) <= seen and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.3 * number)
+        if group:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+def test_two_kills_change_nothing(compared, llama, sums, tmp_path):
+    command = [sys.executable, "-m", "lorafit", *words(llama, sums, tmp_path / "killed", "--methods lora")]
+    kill(command, tmp_path / "killed", 2, group=False)
+    assert not (tmp_path / "killed" / "comparison.html").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert outcome(tmp_path / "killed") == outcome(compared)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+@pytest.mark.parametrize("group", [False, True])
+def test_five_kills_change_nothing(llama, sums, place, tmp_path, group):
+    extra = "--methods lora,lora-drop,delta-lora --reference base,full --rates 4 --save-steps 1"
+    whole = place / "whole"
+    if not (whole / "comparison.html").exists():
+        assert main(words(llama, sums, whole, extra)) == 0
+    command = [sys.executable, "-m", "lorafit", *words(llama, sums, tmp_path / "killed", extra)]
+    kill(command, tmp_path / "killed", 5, group=group)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("trial.json")}
+    assert finished
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    assert outcome(tmp_path / "killed") == outcome(whole)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_saves_and_says_so(llama, sums, tmp_path):
+    extra = "--methods lora --max-steps 4000 --save-steps 4000"
+    command = [sys.executable, "-m", "lorafit", *words(llama, sums, tmp_path / "run", extra)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    end = time.monotonic() + 60
+    while not any('"event": "step"' in path.read_text() for path in (tmp_path / "run").rglob("records.jsonl")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"saving" in said and b"Traceback" not in said
+    assert list((tmp_path / "run" / "trials").rglob("checkpoint-*/complete.json"))
+
+
+def test_settings_are_shared_as_far_as_a_method_has_them(llama, sums):
+    layers = [("the test", {"r": 4, "alpha": 8, "vera": {"r": 7}, "lora-plus": {"ratio": 2.0}, "max_steps": 3})]
+    said: list[str] = []
+    made = candidates(layers, ["lora", "vera", "lora_plus", "intrinsic"], ["base"], said.append)
+    options = {one.name: one.settings.method_options for one in made}
+    assert options["lora"] == {"r": 4, "alpha": 8} and options["vera"] == {"r": 7}
+    assert options["lora-plus"] == {"r": 4, "alpha": 8, "ratio": 2.0} and options["base"] == {}
+    assert "vera has no alpha: it runs without" in said and any("intrinsic has no" in line for line in said)
+    assert {one.settings.training["max_steps"] for one in made} == {3}
+    assert [one.kind for one in made] == [Kind.ADAPTER] * 4 + [Kind.BASE]
+
+
+@pytest.mark.parametrize(
+    ("layer", "methods", "message"),
+    [
+        ({"dora": {"r": 4}}, ["lora"], "not compared"),
+        ({"method": "lora"}, ["lora"], "decides method by itself"),
+        ({"early_stopping": True}, ["lora"], "same number of steps"),
+        ({"eval_strategy": "no"}, ["lora"], "validation"),
+        ({"rr": 4}, ["lora"], "unknown setting"),
+        ({}, ["lorra"], "unknown method"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(layer, methods, message):
+    with pytest.raises(ConfigError, match=message):
+        candidates([("the test", layer)], methods, ["base"], print)
+
+
+@pytest.mark.slow
+def test_a_cluster_comes_to_the_same(settings, sums, tmp_path):
+    ray = pytest.importorskip("ray")
+    from lorafit.experiments.trial import run_trial
+
+    trials = [Trial(f"lora/seed-{seed}", settings(seed=seed), measured=str(sums)) for seed in (0, 1)]
+    try:
+        runner = Ray(tmp_path / "there", None, print)
+        there = {one.name: one for one in runner.run(trials)}
+    finally:
+        ray.shutdown()
+    assert there["lora/seed-1"].measured == run_trial(trials[1], tmp_path / "here", print).measured
