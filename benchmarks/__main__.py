@@ -7,11 +7,39 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from types import ModuleType
 
-from benchmarks import all_of_it, billion, forecast, head, machine, memory, report, steps, stored, storing, sweep, train
+from benchmarks import (
+    all_of_it,
+    billion,
+    forecast,
+    head,
+    keeping,
+    machine,
+    memory,
+    real,
+    report,
+    steps,
+    stored,
+    storing,
+    sweep,
+    train,
+)
 from benchmarks.child import ChildError
 from benchmarks.stored import ResultsError, say
 
-COMMANDS: tuple[ModuleType, ...] = (steps, memory, sweep, storing, train, forecast, billion, head, all_of_it, report)
+COMMANDS: tuple[ModuleType, ...] = (
+    steps,
+    memory,
+    sweep,
+    storing,
+    train,
+    forecast,
+    billion,
+    head,
+    all_of_it,
+    report,
+    keeping,
+    real,
+)
 
 
 def parser() -> ArgumentParser:

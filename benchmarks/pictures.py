@@ -30,7 +30,7 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, key in AXES.items():
         path = folder / NAMES[name]
-        _take(browser, figure(document["results"]["points"], key, name), path)
+        take(browser, figure(document["results"]["points"], key, name), path)
         made.append(path)
     return made
 
@@ -87,7 +87,21 @@ def figure(points: Sequence[Mapping[str, Any]], key: str, name: str) -> Any:
     return made
 
 
-def _take(browser: str, drawn: Any, path: Path) -> None:
+def framed(drawn: Any) -> Any:
+    """A figure of the reports in a picture's size and colours, with its legend, which there is beside the figure."""
+    drawn.update_layout(
+        width=SIZE[0],
+        height=SIZE[1],
+        paper_bgcolor=LIGHT.paper,
+        plot_bgcolor=LIGHT.card,
+        font={"color": LIGHT.ink, "family": "DejaVu Sans, sans-serif", "size": 12},
+        showlegend=len(drawn.data) > 1,
+    )
+    return drawn
+
+
+def take(browser: str, drawn: Any, path: Path) -> None:
+    """Takes down a figure as a picture."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         html = drawn.to_html(include_plotlyjs=True, full_html=True, config={"staticPlot": True})

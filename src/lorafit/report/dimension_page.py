@@ -43,7 +43,7 @@ def document(dimension: Row, source: str) -> Document:
     rates = [each for each in (_rates(points),) if each is not None]
     sections = [
         Section(
-            "Score against d", _list(dimension["said"]), [each for each in (_curve(dimension),) if each is not None]
+            "Score against d", _list(dimension["said"]), [each for each in (curve(dimension),) if each is not None]
         ),
         Section("What follows", _list(dimension["advice"])),
         Section("Each d", _table(dimension, points) if points else ""),
@@ -120,7 +120,7 @@ def _list(told: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in told)}</ul>" if told else ""
 
 
-def _curve(dimension: Row) -> Plot | None:
+def curve(dimension: Row) -> Plot | None:
     """The score of each d, the untrained and the whole score, the threshold, d90 and its interval."""
     points = [each for each in dimension["points"] if each["score"] is not None]
     if not points:
