@@ -14,6 +14,7 @@ test: $(VENV)/dev.stamp lint browser  ## what CI runs: linter, types, tests that
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/dev.stamp lint browser  ## every test
+	$(PIP) --editable ".[ray]" || echo "ray cannot be installed here: its test will be skipped"
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp  ## formatter, linter and types, changing nothing
