@@ -1,6 +1,7 @@
 """A model of the layers that an adapter's file tells of, without their weights: to look at an adapter with no base.
 
-The shapes of A and B say what layer they belong to. Weights of zeros take no memory, whatever their size.
+The shapes of A and B say what layer they belong to. Weights of zeros take no memory, whatever their size. Base weights
+that the file itself has, as PEFT puts those of embeddings and outputs beside their adapters, are taken from there.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lorafit import store
@@ -16,14 +16,14 @@ from lorafit.errors import CheckpointError, some
 from lorafit.layers.hollow import hollow_layer, hollow_table
 from lorafit.layouts import parse
 from lorafit.layouts.lora import EMBEDDING, MATRIX
-from lorafit.peft_layout import PREFIX
+from lorafit.peft_layout import BASE, PREFIX
 
 TRIPLETS = ("lora_A", "lora_B")
 """What AdaLoRA's files call the same two."""
 
 
 def bare_model(path: str | Path, name: str = "default") -> nn.Module:
-    """A model with the layers of an adapter's folder, under their paths; every weight is zero.
+    """A model with the layers of an adapter's folder, under their paths; a weight that the file lacks is zero.
 
     Args:
         path: the adapter's folder, as for `lorafit.load`.
@@ -52,7 +52,11 @@ def bare_model(path: str | Path, name: str = "default") -> nn.Module:
     for place, tensors in sorted(sites.items(), key=lambda pair: _counted(pair[0])):
         _put(root, place, _layer(tensors, f"{stored.weights_path}: {place}"))
     for place, tensors in copies.items():
-        _put(root, place, _holder(tensors))
+        site = place.removesuffix(BASE)
+        if site in sites:
+            _fill(root.get_submodule(site), tensors)
+        else:
+            _put(root, place, _holder(tensors))
     return root
 
 
@@ -77,11 +81,19 @@ def _layer(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
 
 
 def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module with tensors of these names and shapes, in whose place an adapter has its own."""
+    """A module with these tensors, which an adapter replaces by its own or finds to be the base's."""
     module = nn.Module()
     for name, tensor in tensors.items():
-        module.register_parameter(name, nn.Parameter(torch.zeros(tensor.shape), requires_grad=False))
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     return module
+
+
+def _fill(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives an adapted layer the base weights that the file has of it; of another shape, loading says so."""
+    for name, tensor in tensors.items():
+        own = layer._parameters.get(name)
+        if own is not None and own.shape == tensor.shape:
+            layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -35,8 +35,9 @@ from lorafit.methods import describe, validate
 from lorafit.methods.adalora import AdaLoRA
 from lorafit.methods.dora import DoRA
 from lorafit.methods.lora import LoRA, LoRAAdapter
+from lorafit.patterns import heads
 from lorafit.peft_config import COMMON, NOT_MATHEMATICS, Parsed
-from lorafit.peft_layout import PREFIX, Description, Placed, exact_pattern, for_file, join
+from lorafit.peft_layout import PREFIX, Description, Placed, exact_pattern, for_file, join, saved_as
 from lorafit.plan import check_model
 from lorafit.store import Stored
 
@@ -274,13 +275,21 @@ class Plain:
         parsed: its config.
         pairs: module path → A and B, in at least single precision.
         magnitudes: module path → the key and the tensor of a DoRA's magnitudes, as the file has them.
-        rest: the keys that belong to no adapted layer: modules saved in full.
+        rest: the keys that belong to no adapter: modules saved in full, and copies of base weights.
     """
 
     parsed: Parsed
     pairs: dict[str, Pair]
     magnitudes: dict[str, tuple[str, Tensor]]
     rest: dict[str, Tensor]
+
+    @property
+    def replaced(self) -> list[str]:
+        """The keys of modules saved in full; the others of `rest` PEFT copies from the base, as embeddings are."""
+        return [key for key in self.rest if self._is_saved(key.removeprefix(PREFIX))]
+
+    def _is_saved(self, key: str) -> bool:
+        return any(saved_as(name, path) for path in heads(key) for name in self.parsed.modules_to_save)
 
 
 def read_pairs(stored: Stored) -> Plain | None:

@@ -16,7 +16,7 @@ from lorafit.layouts import FOREIGN_KEYS, Layout, Slot, site_rank
 from lorafit.layouts.base import Locator, split
 from lorafit.patterns import heads, inside, tails
 from lorafit.peft_config import Parsed, expected_sites
-from lorafit.peft_layout import PREFIX, join, saved_as
+from lorafit.peft_layout import BASE, PREFIX, join, saved_as
 from lorafit.plan import Modules, all_linear
 from lorafit.store import Stored
 from lorafit.targets import ALL_LINEAR, has_suffix
@@ -181,7 +181,7 @@ def _copy(rest: str, tensor: Tensor, found: Fit, parsed: Parsed, modules: Module
 def _same_as_base(rest: str, tensor: Tensor, where: str, modules: Modules) -> bool:
     """Whether the key is a base embedding, as PEFT puts beside an adapter; it must equal the model's own."""
     path, _, attribute = rest.rpartition(".")
-    path = path.removesuffix(".base_layer")
+    path = path.removesuffix(BASE)
     module = modules.by_path.get(modules.aliases.get(path, path))
     own = None if module is None else module._parameters.get(attribute)
     if own is None:

@@ -63,6 +63,7 @@ class Place:
         moved: ΔM and ΔD; None without them.
         start: ‖s B₀ A₀‖_F of what an initialiser such as PiSSA began with, which is no part of ΔW; None where A and B
             began without a change.
+        rescaled: whether the rows of W + ΔW are brought to lengths of their own after that, as DoRA does.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Place:
     weight: float | None
     moved: Anatomy | None
     start: float | None = None
+    rescaled: bool = False
 
     @property
     def norm(self) -> float:
@@ -127,13 +129,18 @@ class Inspection:
         shares = [place.relative for place in self.places if place.relative is not None]
         return median(shares) if shares else None
 
+    @property
+    def before(self) -> str:
+        """What a size of ΔW leaves out where rows are rescaled; empty elsewhere."""
+        return ", before the rows get their lengths" if any(place.rescaled for place in self.places) else ""
+
     def verdict(self) -> str:
         """Whether it learnt anything, in a sentence."""
         alive = len(self.places) - len(self.dead)
         if not alive:
             return "it learnt nothing: the change is zero at every site, as before the first step"
         share = self.median_relative
-        size = "" if share is None else f", by {share:.2%} of ‖W‖ in the median"
+        size = "" if share is None else f", by {share:.2%} of ‖W‖ in the median{self.before}"
         where = f"all {alive:,} sites" if not self.dead else f"{alive:,} of {len(self.places):,} sites"
         odd = len({finding.path for finding in self.findings if finding.path and finding.path not in self.dead})
         rest = f"; {odd} out of line" if odd else ""
@@ -168,6 +175,7 @@ def inspect(handle: Handle, *, weights: bool) -> Inspection:
                 None if base is None else float(base.norm()),
                 None if base is None else of_update(base, update),
                 start,
+                update.gain is not None,
             )
         )
     return Inspection(tuple(places), tuple(findings(places)))

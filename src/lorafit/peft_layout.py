@@ -21,6 +21,8 @@ from lorafit.patterns import Patterns
 from lorafit.targets import suffixes_for
 
 PREFIX = "base_model.model."
+BASE = ".base_layer"
+"""What PEFT puts after the path of an adapted layer for the layer itself."""
 
 HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),

@@ -233,6 +233,23 @@ COMPLAINTS = {
     "a model that is not there": Complaint(
         DATA, "model", "./lama", "mend the path", "data.jsonl --model ./lama", said="no such model"
     ),
+    # What a run measures beside its data.
+    "a target that is not there": Complaint(
+        DATA,
+        "away.jsonl",
+        "watched",
+        "did you mean",
+        "data.jsonl --set target=away.jsonl",
+        said="There is no such file",
+    ),
+    "a general text that is learnt from": Complaint(
+        DATA,
+        "data.jsonl:1",
+        "watched",
+        "name another file",
+        "data.jsonl --eval-split 0 --set general=data.jsonl",
+        said="all general records are among the training records",
+    ),
     # Labels.
     "one class alone": bad(
         lines(*[{"text": f"a {n}", "label": "x"} for n in range(9)]), "data.jsonl:1", "label 'x'", "column of labels"

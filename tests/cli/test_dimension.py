@@ -88,6 +88,18 @@ def test_the_same_command_trains_nothing_again(
     assert other.status != 0
 
 
+def test_without_plotly_the_numbers_are_told_all_the_same(
+    lorafit: Callable[..., Any], asked: list[str], measured: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = measured
+    for name in ("plotly", "plotly.offline", "plotly.graph_objects"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = lorafit(*asked, "--output-dir", folder)
+    assert result.status == 0, result.err
+    assert "no report: " in result.out and "report:  not written" in result.out
+    assert result.out.splitlines()[-1] == figures(folder)["verdict"]
+
+
 @pytest.mark.slow
 def test_a_kill_changes_nothing(asked: list[str], measured: tuple[Path, str], tmp_path: Path) -> None:
     whole, _ = measured

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorafit import store
-from lorafit.exporting import flat, gguf_adapter, gguf_model
+from lorafit.exporting import flat, gguf_adapter, gguf_model, vllm
 
 Run = Callable[..., Any]
 
@@ -59,6 +59,7 @@ def test_a_merged_gguf_has_model_and_tokenizer(lorafit: Run, adapter: Path, tmp_
 
     result = lorafit("export", adapter, "--to", "gguf", "--merged", "--dtype", dtype, "--output-dir", "out")
     assert result.status == 0 and last(result).startswith("max logit difference "), result.err
+    assert result.err == ""
     fields = {key: each.contents() for key, each in GGUFReader(tmp_path / "out" / gguf_model.FILE).fields.items()}
     assert fields["tokenizer.ggml.pre"] == "gpt-2" and fields["tokenizer.ggml.model"] == "gpt2"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -94,16 +95,23 @@ def test_dora_and_what_else_a_format_cannot_hold_is_refused_before_anything_is_w
     assert text.status == 0 and "max ΔW difference" in last(text), text.err
 
 
+def test_a_name_that_would_split_the_word_of_vllm_is_given_as_json() -> None:
+    line = shlex.split(vllm.serve_line("base", "a=b", Path("x,y"), 8))
+    assert json.loads(line[5]) == {"name": "a=b", "path": "x,y"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--to", "guff"], "gguf"),
         (["--to", "hf", "--merged"], "--merged"),
         (["--to", "gguf", "--untie"], "--untie"),
+        (["--to", "vllm", "--r", "0"], "--r"),
         (["--to", "gguf", "--merged", "--r", "4"], "--r"),
         (["--to", "vllm", "--dtype", "q8_0"], "float32, float16, bfloat16"),
         (["--to", "gguf", "--dtype", "q8_0"], "float32, float16, bfloat16"),
         (["--to", "diffusers", "--component", "unit"], "unet"),
+        (["--to", "diffusers", "--model", "here"], "--model"),
     ],
 )
 def test_wrong_words(lorafit: Run, adapter: Path, words: list[str], said: str) -> None:
@@ -137,9 +145,11 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
-    result = lorafit("export", adapter, "--to", "gguf", "--output-dir", "out")
-    assert result.status == 1 and "free some space" in result.err
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(store, "save_file", full)
+    for to in ("gguf", "vllm"):
+        result = lorafit("export", adapter, "--to", to, "--output-dir", "out")
+        assert result.status == 1 and result.err.count("free some space") == result.err.count("where:") == 1
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_that_has_no_name_in_gguf_is_refused(

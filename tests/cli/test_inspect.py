@@ -135,7 +135,8 @@ def test_a_report_goes_with_json(lorafit: Callable[..., Any], of_peft: Path, tmp
 
 def test_a_report_that_cannot_be_written(lorafit: Callable[..., Any], of_peft: Path, tmp_path: Path) -> None:
     result = lorafit("inspect", of_peft, "--report", tmp_path)
-    assert result.status == 1 and "cannot be written over this path" in result.err
+    assert result.status == 2 and "cannot be written over this path" in result.err
+    assert result.out == ""  # before anything is looked at
 
 
 def test_an_adapter_whose_files_do_not_tell_sizes_beside_another(

@@ -28,7 +28,7 @@ KINDS = {
 }
 SECONDS = {
     *("step_seconds", "longest_step_seconds", "train_seconds", "evaluation_seconds"),
-    *("answer_seconds", "rest_seconds", "seconds"),
+    *("answer_seconds", "watched_seconds", "rest_seconds", "seconds"),
 }
 
 
@@ -41,7 +41,7 @@ def planned(command: list[str]) -> list[str]:
 def test_dry(lorafit: Callable[..., Any], planned: list[str], tmp_path: Path) -> None:
     result = lorafit(*planned, "--dry", "--output-dir", "nothing")
     assert result.status == 0, result.err
-    for text in ("base weights", "activations", "peak", "steps, 10", "whole run", "GiB"):
+    for text in ("base weights", "activations", "peak", "steps, 10", "general text, before and after", "whole run"):
         assert text in result.out
     assert result.out.splitlines()[-1].startswith("fits: ")
     assert list(tmp_path.iterdir()) == []

@@ -81,3 +81,21 @@ def test_wrong_words(lorafit: Run, adapter: Path, tmp_path: Path, words: list[st
     result = lorafit("resize", adapter, *words)
     assert result.status == 2 and said in result.err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_smaller_classifier_keeps_its_classes_and_its_tokenizer(
+    lorafit: Run, classified: tuple[Path, Any], films: Path, tmp_path: Path
+) -> None:
+    adapter = classified[0] / "adapter"
+    assert lorafit("resize", adapter, "--r", 4, "--output-dir", "small").status == 0
+    names = ["labels.json", "tokenizer.json", "tokenizer_config.json"]
+    assert all((tmp_path / "small" / name).read_bytes() == (adapter / name).read_bytes() for name in names)
+    scores = [lorafit("eval", each, "--data", films, "--eval-limit", 8, "--json") for each in (adapter, "small")]
+    assert [each.status for each in scores] == [0, 0], scores[1].err
+    before, after = (each.json["scores"]["adapter"]["loss"] for each in scores)
+    assert after == pytest.approx(before, abs=1e-5)
+
+
+def test_a_share_that_leaves_no_layer_is_refused_before_data_are_read(lorafit: Run, adapter: Path) -> None:
+    result = lorafit("resize", adapter, "--drop", "1", "--data", "nowhere.jsonl", "--output-dir", "small")
+    assert result.status == 2 and "--drop" in result.err and "nowhere" not in result.err

@@ -98,6 +98,8 @@ def test_numbers_are_those_of_the_change(tmp_path: Path, method: lf.Method) -> N
         assert place.weight == pytest.approx(float(weight.norm()), rel=1e-5)
         assert place.relative == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-5)
         assert place.moved is not None and place.moved.magnitude > 0
+    said = inspect(handle, weights=True).verdict()
+    assert ("before the rows get their lengths" in said) == isinstance(method, lf.DoRA)
     alone = looked_at(folder)
     with_base = inspect(handle, weights=True)
     by_path = {place.path: place for place in with_base.places}

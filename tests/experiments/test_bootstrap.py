@@ -143,3 +143,22 @@ def test_holm_steps_down():
     assert holm([]) == []
     assert holm([0.04, 0.001, 0.02]) == pytest.approx([0.04, 0.003, 0.04])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_luck_of_another_kind_stays_apart():
+    """Heads of an untrained classifier lie far apart: that says nothing of trained models, and counts for itself."""
+    generator = torch.Generator().manual_seed(5)
+    (trained,), counts = made(generator, [0.0], seeds=3)
+    (heads,), _ = made(generator, [0.5], seeds=5, luck=1.0)
+    heads = Sample(heads.sums, apart=True)
+    alone, both = (draw(each, counts, resamples=4000, seed=1) for each in ([trained], [trained, heads]))
+    assert both.spread == alone.spread and both.degrees == 2
+    own = torch.tensor(both.seeds[1], dtype=torch.float64)
+    low, high = interval(both.values[:, 1], 0.95)
+    assert (high - low) / 2 == pytest.approx(2.776 * float(own.std()) / math.sqrt(5), rel=0.15)
+    first = heads.sums[:1]
+    one, still = (
+        draw([trained, Sample(first, fixed=fixed, apart=not fixed)], counts, resamples=4000, seed=1).values[:, 1]
+        for fixed in (False, True)
+    )
+    assert torch.equal(one, still), "one head tells of the records alone"

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from lorafit.errors import ConfigError, TrainingError
-from lorafit.experiments.dimension import Measuring, Metric, Projection, Question, Reference
-from lorafit.experiments.dimension_asking import Wanted, begin
+from lorafit.experiments.dimension import Measuring, Metric, Projection, Question, Reference, subspace
+from lorafit.experiments.dimension_asking import Wanted, ask, begin
 from lorafit.experiments.dimension_curve import Measurements, Scored, interval, share_of
 from lorafit.experiments.dimension_limits import Limits
 from lorafit.experiments.dimension_search import (
@@ -35,6 +36,7 @@ from lorafit.experiments.runner import Runner
 from lorafit.experiments.trial import Kind, Measured, Result, Trial
 from lorafit.layers import Shape
 from lorafit.training.config import Settings, resolve
+from lorafit.training.models import default_rate
 
 Answer = Callable[[Try], Seen]
 PLAN = Plan(start=1000, least=31, most=100_000, guess=0.4, points=5)
@@ -390,16 +392,22 @@ def test_diverged_trials_are_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "words"), [(0.5, "d90 is more than 100,000 (SAID), which keeps 50 %"), (0.99, "d90 is at most 31 (SAID)")]
+    ("kept", "most", "words"),
+    [
+        (0.5, 90_000, "d90 is more than 90,000 (SAID), which keeps 50 %; a larger --max-d goes on"),
+        (0.5, 24 * 64 * 64, "d90 is more than 98,304 (SAID), which keeps 50 %; more there are not in these layers"),
+        (0.99, 90_000, "d90 is at most 31 (SAID)"),
+    ],
 )
-def test_beyond_what_can_be_tried(kept: float, words: str) -> None:
+def test_beyond_what_can_be_tried(kept: float, most: int, words: str) -> None:
     def flat(trial: Trial) -> float:
         return losses(trial) if trial.kind is not Kind.ADAPTER else 4 - 2 * kept
 
-    found = measuring(Pretended(flat))
+    found = measuring(Pretended(flat), plan=replace(PLAN, most=most))
     found.run()
     told = told_of(found)
-    assert told["d90"] in (None, 31) and verdict(told).startswith(words)
+    assert told["d90"] is None and (told["above"] == 31) is (told["below"] is None)
+    assert verdict(told).startswith(words)
 
 
 def test_accuracy_by_both_definitions() -> None:
@@ -422,6 +430,17 @@ def test_accuracy_by_both_definitions() -> None:
 def test_metrics_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         measuring(Pretended(losses), **options).run()
+
+
+def test_a_new_head_does_not_have_the_rate_of_a_subspace(llama: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"film {n}", "label": n % 2} for n in range(40)]
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flat = {"model": str(llama), "data": str(tmp_path / "films.jsonl"), "output_dir": str(tmp_path / "run")}
+    for given, expected in (({}, default_rate(32)), ({"full_learning_rate": 0.02}, 0.02)):
+        asked = ask(resolve([("a test", {**flat, **given})]), Wanted(), tmp_path / "run", lambda _: None).question
+        assert asked.plan.guess > 4 * default_rate(32)
+        trial = subspace(asked.settings, asked.plan.start, asked.projection)
+        assert trial.full_learning_rate == expected and "learning_rate" not in trial.training
 
 
 def test_a_folder_is_one_experiment_s(tmp_path: Path) -> None:

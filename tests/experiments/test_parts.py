@@ -48,6 +48,25 @@ def test_evaluation_data_are_the_test_part(settings, sums, tmp_path):
     assert not set(questions(parts.test)) & set(questions(parts.train) + questions(parts.validation))
 
 
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [({"eval_split": 20, "eval_limit": 5}, (5, 5)), ({"eval_split": 0.25}, (20, 15)), ({"eval_split": None}, (8, 7))],
+)
+def test_the_held_out_parts_are_as_large_as_asked_for(settings, tmp_path, given, held):
+    parts = part(settings(**given), tmp_path)
+    assert (parts.test_records, parts.validation_records) == held
+
+
+def test_only_a_size_that_nobody_asked_for_is_cut(settings, tmp_path):
+    path = tmp_path / "many.jsonl"
+    rows = [{"question": f"what is {n} plus one?", "answer": f"{n + 1}"} for n in range(3000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unasked = part(settings(data=str(path), eval_split=None), tmp_path / "unasked")
+    assert (unasked.test_records, unasked.validation_records) == (200, 100)
+    asked = part(settings(data=str(path), eval_split=0.1), tmp_path / "asked")
+    assert (asked.test_records, asked.validation_records) == (300, 270)
+
+
 def test_too_few_records_are_refused(settings, tmp_path):
     with pytest.raises(DataError, match="too few"):
         part(settings(eval_split=79), tmp_path)

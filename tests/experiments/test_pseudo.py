@@ -18,15 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from lorafit.errors import ConfigError, DataError
+from lorafit.errors import ConfigError, DataError, LorafitError
 from lorafit.experiments.pseudo import Wanted, few_labels
 from lorafit.experiments.pseudo_calibration import calibrate
 from lorafit.experiments.pseudo_choosing import choose, warnings_of
-from lorafit.experiments.pseudo_guessing import Guess, Open
+from lorafit.experiments.pseudo_guessing import Closed, Guess, Open
 from lorafit.experiments.pseudo_reading import read_unlabelled
 from lorafit.experiments.pseudo_verdict import Measure, difference, verdict
 from lorafit.experiments.runner import Runner
 from lorafit.experiments.trial import run_trial
+from lorafit.report.few_labels_page import document
+from lorafit.training.choices import Scored
 from lorafit.training.config import resolve
 from lorafit.training.examples import Labelled
 from lorafit.training.forms import recognise
@@ -90,6 +92,14 @@ def test_an_answer_that_training_did_not_show_is_wrong_and_does_not_cool():
     plain, more = calibrate(values, gold, 0.8), calibrate(torch.cat([values, values[:40]]), [*gold, *[-1] * 40], 0.8)
     assert more.accuracy == pytest.approx(plain.accuracy * 400 / 440)
     assert more.temperature == pytest.approx(plain.temperature, rel=1e-2)
+
+
+def test_where_no_validation_record_fits_that_is_said():
+    held = [Labelled("a long text", None, "a", f"file:{n}") for n in range(3)]
+    closed = Closed(("a", "b"), lambda asked: Scored(torch.zeros(0, 2), (), tuple(one.where for one in asked)))
+    with pytest.raises(DataError, match="no validation record fits") as error:
+        closed.calibrate(held, 0.9)
+    assert "file:0" in str(error.value) and error.value.fix == "raise --max-length"
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------
@@ -232,6 +242,13 @@ class Here(Runner):
             yield run_trial(trial, self.folder, lambda _: None)
 
 
+class Stopped(Runner):
+    """Stops where the first trial would begin."""
+
+    def run(self, trials):
+        raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder without a classifier's head."""
@@ -308,11 +325,31 @@ def test_a_classifier_with_few_labels(bert, reviews, tmp_path):
     assert accuracy["metric"] == "accuracy" and accuracy["seeds"] == 3 and accuracy["records"] == 40
     assert accuracy["before"] > 0.6, "the task is one that can be learnt"
     assert Path(found["verdict"]["adapter"], "adapter_model.safetensors").is_file()
+    plots = {plot.key: plot for section in document(found, "here").sections for plot in section.plots}
+    assert set(plots) == {"paired", "reliability"}
+    for line, seed in zip(plots["paired"].figure.data, found["seeds"], strict=True):
+        runs = (seed["supervised"], seed["rounds"][0]["result"])
+        assert line.x == ("supervised", "round 1")
+        assert line.y == pytest.approx([sum(one["correct"]) / 40 for one in runs])
+    for line, seed in zip(plots["reliability"].figure.data, found["seeds"], strict=True):
+        bins = seed["rounds"][0]["calibration"]["bins"]
+        assert line.y == tuple(one["right"] for one in bins) and sum(line.customdata) == 8
     again = Here(tmp_path / "run")
     assert few_labels(settings, wanted, again, command="here", notify=lambda _: None) == found
     with pytest.raises(ConfigError, match="another experiment") as error:
         few_labels(settings, Wanted(reviews("more"), confidence=0.7), again, command="here", notify=lambda _: None)
     assert "confidence was 0.6" in str(error.value)
+
+
+def test_what_could_not_begin_can_be_mended_in_the_same_folder(bert, reviews, tmp_path):
+    wanted = Wanted(reviews("more"))
+    for wrong in ({"eval_data": "nowhere.jsonl"}, {"columns": {"text": "txt"}}, {"eval_split": 0}):
+        settings = flat(bert, reviews("few"), reviews("test"), tmp_path / "run", **wrong)
+        with pytest.raises(LorafitError):
+            few_labels(settings, wanted, Stopped(), command="here", notify=lambda _: None)
+    settings = flat(bert, reviews("few"), reviews("test"), tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):  # the first trial begins
+        few_labels(settings, wanted, Stopped(), command="here", notify=lambda _: None)
 
 
 @pytest.mark.slow
@@ -338,7 +375,7 @@ def test_no_confident_answer_leaves_the_supervised_adapter(llama, reviews, tmp_p
     assert len(runner.ran) == 3 and found["verdict"]["kept"] == "supervised"
     assert found["classes"] is not None and set(found["classes"]) == {"positive", "negative"}
     assert [one["metric"] for one in found["verdict"]["metrics"]] == ["accuracy", "loss"]
-    assert "no unlabelled record was answered with enough confidence" in found["verdict"]["sentence"]
+    assert "no answer was sure enough to be trained on" in found["verdict"]["sentence"]
 
 
 def test_open_answers_are_written_and_their_tokens_tell_how_sure_they_are(llama, sums, tmp_path):

@@ -98,6 +98,16 @@ def test_a_twentieth_of_the_time_is_not_worth_it(usual):
     assert "Pick dora." in rank(usual).sentences()
 
 
+def test_one_that_may_be_no_better_than_none_is_not_picked_for_its_speed():
+    """It shares the best one's place only because its own is uncertain."""
+    wild = candidate("wild", [1.44, 1.64, 1.84], seconds=1.0)
+    sure = [candidate(f"sure{at}", [1.50, 1.51, 1.49], seconds=30.0) for at in range(6)]
+    ranking = rank([candidate("base", [1.95], kind="base", noise=0.0), *sure, wild])
+    place = next(place for place in ranking.places if place.name == "wild")
+    assert place.tied and not place.to_base.significant and ranking.places[0].to_base.significant
+    assert any(sentence.startswith("Pick sure") for sentence in ranking.sentences())
+
+
 def test_it_reads_back_what_it_wrote(usual):
     ranking = rank(usual)
     written = json.loads(json.dumps(ranking.to_json(), allow_nan=False))

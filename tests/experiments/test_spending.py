@@ -28,6 +28,16 @@ def test_what_is_asked_for_is_planned_without_a_budget(three):
         plan_freely(three, 800, 5, 2)
 
 
+def test_no_rates_are_told_of_where_all_are_given():
+    fixed = candidates([("the test", {"learning_rate": 1e-3})], ["lora", "dora"], ["base"], print)
+    plan = plan_freely(fixed, 800, 5, 3)
+    assert plan.rates == 0 and plan.said[0].endswith(" in each run, 3 seeds for each candidate: 7 runs")
+    planned = plan_within(3600, 30, Speed(5.0, 10.0), fixed, 800, 5, 3)
+    assert planned.rates == 0 and not any("of 5 rates" in line for line in planned.said)
+    mixed = candidates([("the test", {"lora": {"learning_rate": 1e-3}})], ["lora", "dora"], ["base"], print)
+    assert "and 5 rates for those without a given one: 12 runs" in plan_freely(mixed, 800, 5, 3).said[0]
+
+
 @pytest.mark.parametrize("minutes", [10, 20, 40, 80, 400])
 def test_a_plan_fits_into_its_time(three, minutes):
     speed = Speed(0.5, 10.0)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from lorafit.errors import CheckpointError, ConfigError
+from lorafit.experiments.ray_runner import Ray
 from lorafit.experiments.runner import Local
-from lorafit.experiments.trial import RESULT, Kind, Result, Trial, finished, run_trial
+from lorafit.experiments.trial import RESULT, Kind, Result, Trial, finished, keep, run_trial
 
 
 def quiet(line: str) -> None:
@@ -70,6 +75,99 @@ def test_a_damaged_result_is_named(settings, tmp_path):
     (trial.folder(tmp_path) / RESULT).write_text(json.dumps({"name": "one"}))
     with pytest.raises(CheckpointError, match="damaged"):
         finished(trial, tmp_path)
+
+
+def test_the_result_of_other_settings_is_not_taken_for_this_ones(settings, sums, tmp_path):
+    """Nor is that of other files; but the experiment's own may have been moved together with it."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    trial = Trial("one", settings(data=str(old / "data.jsonl")), str(old / "test.jsonl"))
+    result = Result("one", 6, 1, 1, 1.0, 1.0, None, None, 2.0, (), None, None)
+    trial.folder(old).mkdir(parents=True)
+    keep(trial, old, result)
+    assert finished(trial, old) == result
+    free = trial.settings.model_copy(update={"output_dir": "elsewhere", "samples": 3})
+    assert finished(replace(trial, settings=free), old) == result
+    old.rename(new)
+    assert finished(Trial("one", settings(data=str(new / "data.jsonl")), str(new / "test.jsonl")), new) == result
+    for other in (
+        replace(trial, settings=settings(data=str(new / "data.jsonl"), r=5), measured=str(new / "test.jsonl")),
+        Trial("one", settings(data=str(sums)), str(new / "test.jsonl")),
+        Trial("one", settings(data=str(new / "data.jsonl")), str(sums)),
+    ):
+        with pytest.raises(ConfigError, match="done with other settings"):
+            finished(other, new)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_trial_that_is_killed_goes_on_once_and_then_is_given_up(settings, tmp_path, times):
+    """As where memory runs out: the others are not lost with it."""
+    trial = Trial("one", settings(max_steps=40, save_steps=5), forget=True)
+    folder, told, hunted = trial.folder(tmp_path), [], []
+
+    def hunt():
+        for number in range(times):
+            checkpoint = folder / f"checkpoint-{5 * (number + 1)}" / "complete.json"
+            wait(checkpoint.is_file)
+            [child] = multiprocessing.active_children()
+            os.kill(child.pid, signal.SIGKILL)
+            hunted.append(child.pid)
+
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    [result] = Local(tmp_path, told.append).run([trial])
+    hunter.join()
+    assert len(hunted) == times and told[1].startswith("the process of one was killed (signal 9, as where memory")
+    assert finished(trial, tmp_path) == result and not list(folder.glob("checkpoint-*"))
+    if times == 1:
+        assert result.failed is None and result.steps == 40
+    else:
+        assert result.failed == "its process was killed 2 times (signal 9, as where memory runs out)"
+        assert 5 <= result.steps < 40 and result.validation is None and result.trainable > 0
+
+
+def test_a_trial_whose_machines_are_lost_is_a_result(settings, tmp_path, monkeypatch):
+    class WorkerCrashedError(Exception):
+        """As Ray's, after all its retries."""
+
+    class OtherError(Exception):
+        """Another one of Ray's."""
+
+    def get(reference):
+        raise WorkerCrashedError("The worker died unexpectedly.\nSee the logs.")
+
+    errors = SimpleNamespace(
+        WorkerCrashedError=WorkerCrashedError,
+        RayTaskError=OtherError,
+        OutOfMemoryError=OtherError,
+        NodeDiedError=OtherError,
+    )
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        remote=lambda **_: lambda _: SimpleNamespace(remote=lambda trial, folder: trial.name),
+        wait=lambda waiting, num_returns: (waiting[:num_returns], waiting[num_returns:]),
+        get=get,
+        exceptions=errors,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    trials = [Trial(name, settings()) for name in ("one", "two")]
+    results = list(Ray(tmp_path, None, quiet).run(trials))
+    lost = "its process was lost each time: WorkerCrashedError: The worker died unexpectedly."
+    assert [(one.name, one.failed) for one in results] == [("one", lost), ("two", lost)]
+    assert [finished(trial, tmp_path) for trial in trials] == results
+
+
+def test_a_trial_without_room_is_a_result(settings, sums, tmp_path, monkeypatch):
+    from lorafit.experiments import running
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nat line 3")
+
+    monkeypatch.setattr(running, "measure", full)
+    for kind in (Kind.BASE, Kind.ADAPTER):
+        result = run_trial(Trial(kind.value, settings(), str(sums), kind), tmp_path, quiet)
+        assert result.failed is not None and result.failed.startswith("memory ran out: DefaultCPUAllocator")
+        assert "line 3" not in result.failed and result.measured is None
 
 
 PARENT = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lorafit.experiments.candidates import candidates, default_rates, with_heads
 from lorafit.experiments.tuning import Search, best
 
 
@@ -38,3 +39,15 @@ def test_candidates_have_searches_of_their_own(tmp_path):
     one, other = Search(tmp_path, "lora", 1e-3, 2), Search(tmp_path, "dora", 1e-2, 2)
     one.tell(1e-3, 1.0)
     assert other.tried == () and other.next() == 1e-2
+
+
+def test_a_head_learns_at_one_rate_beside_every_method(llama):
+    said: list[str] = []
+    made = candidates([("flags", {"model": str(llama)})], ["lora", "vera"], ["base"], said.append)
+    assert with_heads(made, said.append, classifies=False) == made
+    rates = default_rates(made, said.append, classifies=True)
+    headed = with_heads(made, said.append, classifies=True)
+    assert {one.settings.full_learning_rate for one in headed} == {rates["lora"]} and rates["vera"] != rates["lora"]
+    assert f"learns at {rates['lora']:.2g} in every run" in said[-1]
+    chosen = candidates([("flags", {"model": str(llama), "full_learning_rate": 0.5})], ["lora"], ["base"], said.append)
+    assert with_heads(chosen, said.append, classifies=True) == chosen

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -123,6 +123,25 @@ def test_vllm_refuses_what_it_cannot_take_by_its_name(tiny: Any, tmp_path: Path)
         vllm.write(own, tmp_path / "out", dtype="float32", card=CARD)
 
 
+def test_base_weights_that_peft_puts_beside_an_adapter_are_no_modules_saved_in_full(tiny: Any, tmp_path: Path) -> None:
+    model = tiny.llama(tie_word_embeddings=False)
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any("base_layer" in key for key in store.read(tmp_path / "adapter").tensors)
+    before = {path: each.clone() for path, each in by_peft(adapted.unload(), tmp_path / "adapter").items()}
+    with flat(tmp_path / "adapter") as own:
+        vllm.write(own, tmp_path / "out", dtype="float32", card=CARD)
+        gguf_adapter.write(own, tmp_path, config=model.config, dtype="float32", name="mine")
+        assert vllm.check(own, tmp_path / "out", "float32").good
+        assert gguf_adapter.check(own, tmp_path, config=model.config, dtype="float32").good
+    assert not any("base_layer" in key for key in store.read(tmp_path / "out").tensors)
+    after = by_peft(model, tmp_path / "out")
+    assert set(after) == set(before)
+    for path, delta in before.items():
+        torch.testing.assert_close(after[path], delta, rtol=0, atol=1e-5)
+
+
 # GGUF
 
 
@@ -168,6 +187,11 @@ def test_a_gguf_adapter_is_what_llama_cpp_adds_to_the_tensors_of_its_base(tiny: 
 
 
 def test_a_gguf_adapter_has_no_place_for_a_tied_output(tiny: Any, tmp_path: Path) -> None:
+    model = tiny.llama(tie_word_embeddings=True)
+    shaken(model, tmp_path / "table", lf.LoRA(r=4), targets=["q_proj", "embed_tokens"])
+    with flat(tmp_path / "table") as own, pytest.raises(lf.CheckpointError, match="output is tied") as table:
+        gguf_adapter.write(own, tmp_path, config=model.config, dtype="float32", name="mine")
+    assert table.value.found == "model.embed_tokens" and not (tmp_path / gguf_adapter.FILE).exists()
     names = Names.of(tiny.llama(tie_word_embeddings=True).config, whole=False)
     with pytest.raises(lf.CheckpointError, match="no place") as raised:
         names.tensor("lm_head.weight")

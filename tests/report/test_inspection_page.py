@@ -20,7 +20,7 @@ def site(size: float, at: int = 0, **given: Any) -> dict[str, Any]:
     norm = sum(value**2 for value in values) ** 0.5
     return {
         "out": 16, "in": 8 + at, "r": 4, "rank_in_use": 4 if size else 0, "norm": norm, "weight": 10.0,
-        "relative": norm / 10, "start": None, "grown": None, "stable_rank": 1.3 if size else 0.0,
+        "relative": norm / 10, "start": None, "grown": None, "rescaled": False, "stable_rank": 1.3 if size else 0.0,
         "effective_rank": 2.9 if size else 0.0, "singular_values": values, "largest_row": 2.5 if size else None,
         "magnitude": 0.01 * size * (1 + at % 3), "direction": 0.002 * size * (1 + at % 5),
     } | given  # fmt: skip
@@ -144,6 +144,10 @@ def test_a_single_site() -> None:
     path = "0"
     page = drawn(found() | {"sites": {path: site(1.0)}, "dead": [], "dead_share": 0.0, "findings": []})
     assert "can change 1 site, each a layer" in words(page) and "No site is out of line." in words(page)
+    assert "before the rows" not in words(page)
+    known = {"dead": [], "dead_share": 0.0, "findings": [], "median_relative": 0.1}
+    page = drawn(found() | known | {"sites": {path: site(1.0, rescaled=True)}})
+    assert "weights before the rows of the weights get their lengths" in words(page)
 
 
 # In a browser

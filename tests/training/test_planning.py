@@ -359,6 +359,37 @@ def test_what_the_measured_run_found_of_packing_counts(settings: Any, monkeypatc
     assert measured.formula.step.tokens > dry.formula.step.tokens and measured.course.tokens > dry.course.tokens
 
 
+def test_what_a_run_watches_takes_time(settings: Any, write: Callable[[str, Any], str], monkeypatch: Any) -> None:
+    from lorafit.training import planning
+    from lorafit.training.planning_child import Measured
+
+    target = write("target.jsonl", [{"question": f"turn w{n}ord", "answer": f"dro{n}w" * 600} for n in range(40)])
+    watching = settings(target=target, max_length=4096)
+    # A quarter of a second for a tenth of the tokens, before training and after.
+    plan = planner(watching)
+    tokens = sum(len(one) for part in plan.watched.parts() for one in part.records)
+    found = Measured(10**9, (0.1, 0.1, 0.1), None, 8, 0.0, 1.0, "", 0.25, tokens // 10)
+    monkeypatch.setattr(planning, "measure", lambda settings: found)
+    forecast = plan.forecast(dry=False, limit=None, notify=lambda line: None)
+    assert forecast.watching == "general text and target.jsonl" and forecast.measured_times is not None
+    assert forecast.measured_times.watched == pytest.approx(5, rel=0.2)  # more by what batches are padded with
+    assert 0 < forecast.times.watched < forecast.times.total
+    without = planner(settings(general="none", max_length=4096)).forecast(
+        dry=True, limit=None, notify=lambda line: None
+    )
+    assert without.times.watched == 0 and without.watching == ""
+    assert forecast.formula.activations > without.formula.activations  # the longest batch is one of the target
+
+
+def test_what_the_steps_of_a_plan_say_of_the_general_text(settings: Any) -> None:
+    from lorafit.training.planning_child import measure
+
+    with_text, without = measure(settings()), measure(settings(general="none"))
+    assert not isinstance(with_text, str) and not isinstance(without, str)
+    assert with_text.watched > 0 and with_text.watched_tokens > 1000
+    assert (without.watched, without.watched_tokens) == (0.0, 0)
+
+
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("2 GiB", 2**31), ("512mb", 512 * 10**6)])
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_memory(text) == size

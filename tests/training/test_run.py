@@ -459,12 +459,58 @@ def test_a_classifier_learns_and_its_new_head_is_saved_with_the_adapter(
     assert any("new in this model, and trained in full: classifier" in line for line in run.said)  # type: ignore[attr-defined]
 
 
+def test_a_new_head_can_have_a_rate_of_its_own(
+    run: Run, encoder_dir: Path, write: Callable[[str, Any], str], tmp_path: Path
+) -> None:
+    data = write("films.jsonl", [{"text": f"it is film {n}", "label": n % 2} for n in range(16)])
+
+    def head(folder: str, **given: Any) -> torch.Tensor:
+        flat = {"model": str(encoder_dir), "data": data, "max_steps": 1, "eval_split": 4, "output_dir": folder}
+        outcome = run(**flat, dropout=0.0, keep_best=False, **given)
+        return load_file(outcome.adapter / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+
+    low, high = (
+        head(str(tmp_path / f"{n}"), learning_rate=rate, full_learning_rate=1e-3) for n, rate in enumerate((1e-4, 1e-1))
+    )
+    same = head(str(tmp_path / "same"), learning_rate=1e-1)
+    assert torch.equal(low, high), "the first step of Adam is as long as the rate"
+    assert (same - low).abs().max() == pytest.approx(0.1 - 1e-3, rel=1e-3)
+    assert any("(modules trained in full: 0.001)" in line for line in run.said)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("eval_split", "held"), [(None, 6), (0, 0), (0.2, 12), (5, 5)])
 def test_a_tenth_is_held_out_unless_the_user_says_otherwise(run: Run, eval_split: float | None, held: int) -> None:
     outcome = run(eval_split=eval_split, max_steps=1)
     found = next(record for record in records(outcome.folder.path) if record["event"] == "data")
     assert found["eval_records"] == held and found["train_records"] == 60 - held
     assert (outcome.eval_after is None) == (held == 0)
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_when_the_run_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run stopped at its best step would end with another adapter."""
+    from lorafit.training.callbacks import Interrupt
+
+    changes: dict[str, Any] = {"max_steps": 8, "eval_split": 36, "samples": 0, "general": "none"}  # 3 steps an epoch
+    whole = run(**changes, output_dir=str(tmp_path / "whole"))
+    original = Interrupt.on_step_end
+
+    def stop(self: Interrupt, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.requested = state.global_step == 3
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Interrupt, "on_step_end", stop)
+    assert run(**changes).status == "interrupted"
+    monkeypatch.undo()
+    resumed = run(**changes)
+    assert resumed.resumed_from == 3
+    first, second = (
+        {one["step"]: one["losses"] for one in records(outcome.folder.path) if one["event"] == "held_out"}
+        for outcome in (whole, resumed)
+    )
+    assert list(first) == [0, 3, 6, 8] and first == second
+    assert whole.verdict == resumed.verdict
 
 
 SCRIPT = """

@@ -23,10 +23,12 @@ from lorafit.training.findings import Findings
 from lorafit.training.formats import Record
 from lorafit.training.measuring import TOKENS, batches
 from lorafit.training.outcome import Outcome
+from lorafit.training.prepare import data_settings, encode
 from lorafit.training.run import train
 from lorafit.training.shift import Doing, Reading, forgetting, shifted
 from lorafit.training.slices import sliced, slicing
 from lorafit.training.verdict import Evaluation
+from lorafit.training.watching import FEWEST, SHARE, gather
 
 Run = Callable[..., Outcome]
 DOING = Doing(24, 1e-3, 16)
@@ -227,7 +229,8 @@ def test_the_slices_of_the_held_out_records_are_announced(domains: str, write: C
 def test_the_embedded_text_is_watched_unless_it_is_not_wanted(run: Run, tmp_path: Path) -> None:
     outcome = run()
     found = outcome.findings.forgetting
-    assert found is not None and found.text == "general text" and found.loss.records >= 40
+    assert found is not None and found.text == "general text" and found.loss.records == FEWEST
+    assert f"{FEWEST} of 42 paragraphs of the general text, as the run is short, evenly chosen" in run.said  # type: ignore[attr-defined]
     assert any(line.startswith("general text before training: ") for line in run.said)  # type: ignore[attr-defined]
     assert found.sentence in outcome.findings.lines()
     again = run()
@@ -236,6 +239,23 @@ def test_the_embedded_text_is_watched_unless_it_is_not_wanted(run: Run, tmp_path
     assert off.findings == Findings() and not records(off.folder.path, "watched")
     first, second = (load_file(one.adapter / "adapter_model.safetensors") for one in (outcome, off))
     assert all(torch.equal(first[key], second[key]) for key in first)  # watching changes nothing
+
+
+def test_a_long_run_measures_more_of_the_embedded_text(settings: dict[str, Any], tokenizer: Any) -> None:
+    made = resolve([("test", settings)])
+    loaded = load_examples(data_settings(made))
+    data = encode(made, tokenizer, loaded)
+    each = sum(map(len, data.train)) / len(data.train)
+
+    def watched(records: int) -> Any:
+        return gather(made, tokenizer, loaded, data, records)
+
+    whole = watched(10**7)
+    assert whole.general is not None and len(whole.general.records) == 42 and not whole.told
+    tokens = sum(map(len, whole.general.records))
+    half = watched(round(tokens / 2 / SHARE / each)).general
+    assert half is not None and len(half.records) == 21
+    assert half.digest == watched(round(tokens / 2 / SHARE / each)).general.digest != whole.general.digest
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -23,7 +23,7 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 def say_data(seen: Inspected, samples: int, screen: Screen) -> tuple[list[dict[str, Any]], list[tuple[int, int, int]]]:
     """Shows what training would see; gives the rendered records and the histogram, for programs."""
-    for sentence in seen.made.announcements:
+    for sentence in (*seen.made.announcements, *seen.told):
         screen.say(sentence)
     rendered = _render(seen.made, seen.tokenizer, samples, screen)
     bins = histogram([len(one) for one in seen.made.train])

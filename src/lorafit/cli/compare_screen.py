@@ -176,11 +176,12 @@ def final_table(comparison: Comparison, ranking: Ranking) -> tuple[list[str], li
     header = ["", "", "rate", score, f"{ranking.level:.0%} interval", *other]
     header += ["steps", "seconds", "in steps", "peak memory", "trained"]
     rows = []
+    tied = sum(place.tied for place in ranking.places)
     for place in ranking.places:
         standing = standings[place.name]
         rows.append(
             [
-                "=" if place.tied else str(place.place),
+                "=" if place.tied and tied > 1 else str(place.place),
                 place.name,
                 "" if standing.rate is None else f"{standing.rate:.3g}",
                 f"{place.score:.4f}",
@@ -201,7 +202,7 @@ def _other(standing: Standing, metric: str) -> str:
 
 
 def _costs(standing: Standing) -> list[str]:
-    results = [result for _, result in standing.seeds]
+    results = [result for _, result in standing.seeds if result.measured is not None]
     peaks = [result.peak_rss_bytes for result in results if result.peak_rss_bytes is not None]
     extra = max((result.extra_steps for result in results), default=0)
     return [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lorafit.cli.exits import usage
 from lorafit.cli.quiet import quiet
 from lorafit.cli.screen import Screen
-from lorafit.errors import ConfigError, MissingExtraError, StateError, nearest
+from lorafit.errors import ConfigError, MissingExtraError, StateError, TrainingError, nearest
 
 if TYPE_CHECKING:
     from lorafit.experiments.candidates import Candidate
@@ -45,7 +45,7 @@ def go(wishes: Wishes, screen: Screen) -> None:
     """Compares, and shows what it came to."""
     from filelock import FileLock, Timeout
 
-    from lorafit.experiments.spending import read_duration, seeds_of
+    from lorafit.experiments.spending import rates_of, read_duration, seeds_of
     from lorafit.methods import METHODS
 
     started = time.monotonic()
@@ -63,7 +63,11 @@ def go(wishes: Wishes, screen: Screen) -> None:
         seconds = None if wishes.budget is None else read_duration(wishes.budget)
         made = _candidates(wishes, list(METHODS), screen)
         seeds_of(made[0].settings.seed, wishes.seeds)
+        rates_of(made, wishes.rates)
+    from lorafit.experiments.comparison import check_folder
+
     folder = _folder(wishes, made)
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -100,7 +104,7 @@ def _compare(
 ) -> None:
     from lorafit.cli.compare_screen import progress
     from lorafit.experiments.advice import advise
-    from lorafit.experiments.candidates import default_rates
+    from lorafit.experiments.candidates import default_rates, with_heads
     from lorafit.experiments.comparison import COMPARISON, Comparison
     from lorafit.experiments.parts import part
 
@@ -113,6 +117,7 @@ def _compare(
         )
     for sentence in parts.said:
         screen.say(sentence)
+    made = with_heads(made, screen.say, classifies=parts.classifies)
     rates = default_rates(made, screen.say, classifies=parts.classifies)
     plan = _plan(wishes, made, parts, rates, folder, runner, seconds, started, screen)
     for sentence in plan.said:
@@ -155,7 +160,7 @@ def _plan(
 ) -> Plan:
     from lorafit.experiments import spending
     from lorafit.experiments.trial import Trial
-    from lorafit.training.folder import RECORDS
+    from lorafit.training.folder import RunFolder
 
     records = parts.train_records
     if seconds is None:
@@ -176,12 +181,20 @@ def _plan(
     # The first finds cold caches and waits for imports, which no later one does.
     for name, steps in (("first", 1), ("second", min(spending.PROBE_STEPS, asked["steps"]))):
         settings = first.run(parts, seed=first.settings.seed, rate=rate, steps=steps)
-        trial = Trial(f"speed/{name}", settings, parts.test, forget=True)
+        trial = Trial(f"speed/{first.name}/{name}", settings, parts.test, forget=True)
         began = time.monotonic()
         result = next(iter(runner.run([trial])))
         wall = max(time.monotonic() - began, result.total_seconds)
     assert result is not None
-    speed = spending.Speed.of(result, trial.folder(folder) / RECORDS, wall)
+    if result.failed is not None:
+        raise TrainingError(
+            "the run by which a budget is planned failed",
+            where=trial.folder(folder),
+            found=result.failed,
+            expected="a run to time",
+            fix="leave --budget out and say what is spent: --max-steps, --rates; or a smaller --learning-rate",
+        )
+    speed = spending.Speed.of(result, RunFolder(trial.folder(folder)), wall)
     spent = time.monotonic() - started
     plan = spending.plan_within(seconds, spent, speed, made, records, wishes.rates, wishes.seeds)
     spending.remember(plan, asked, folder)

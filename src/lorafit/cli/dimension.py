@@ -181,23 +181,13 @@ def _one(option: str, word: str, choices: Sequence[tuple[str, Any]]) -> Any:
 
 
 def _run(settings: Any, wanted: Wanted, comparison: Path | None, command: str, screen: Screen) -> None:
-    from filelock import FileLock, Timeout
-
-    from lorafit.errors import StateError
     from lorafit.experiments import dimension_asking as asking
+    from lorafit.experiments.claim import alone
 
     beside = None if comparison is None else asking.comparison(comparison)
     folder = asking.begin(settings, wanted)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            _measure(asking.ask(settings, wanted, folder, screen.say), folder, beside, command, screen)
-    except Timeout:
-        raise StateError(
-            "another command is at work in this folder",
-            where=folder,
-            expected="one at a time",
-            fix="wait for it, or choose another --output-dir",
-        ) from None
+    with alone(folder):
+        _measure(asking.ask(settings, wanted, folder, screen.say), folder, beside, command, screen)
 
 
 def _measure(asked: Asked, folder: Path, beside: Any, command: str, screen: Screen) -> None:
@@ -216,7 +206,8 @@ def _measure(asked: Asked, folder: Path, beside: Any, command: str, screen: Scre
     except KeyboardInterrupt:
         screen.say(f"stopped; the same command goes on from here, and trains nothing again: {command}", whole=True)
         raise StoppedError from None
-    _show(_write(found, asked, folder, command, complete=True, beside=beside), folder, screen)
+    told = _write(found, asked, folder, command, complete=True, beside=beside)
+    _show(told, folder, _page(told, folder, screen), screen)
 
 
 def _announce(asked: Asked, trials: int, screen: Screen) -> None:
@@ -255,11 +246,11 @@ def _duration(seconds: float) -> str:
 def _write(
     found: Measuring, asked: Asked, folder: Path, command: str, *, complete: bool, beside: Any = None
 ) -> dict[str, Any]:
-    """Puts what is known into the folder, and, at the end, the page."""
+    """Puts what is known into the folder."""
     import json
 
     from lorafit import files
-    from lorafit.experiments.dimension_asking import FILE, PAGE
+    from lorafit.experiments.dimension_asking import FILE
     from lorafit.experiments.dimension_telling import mapping, verdict
 
     told = mapping(found, command=command, complete=complete, data=asked.data())
@@ -269,15 +260,24 @@ def _write(
 
         told["advice"] = list(advise(beside, told))
     files.write_text(folder / FILE, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False))
-    if complete:
-        from lorafit.report.dimension_page import write_dimension
-
-        write_dimension(told, folder / PAGE)
     return told
 
 
-def _show(told: dict[str, Any], folder: Path, screen: Screen) -> None:
+def _page(told: dict[str, Any], folder: Path, screen: Screen) -> Path | None:
+    """The page, or None if plotly is not there to draw it."""
+    from lorafit.errors import MissingExtraError
     from lorafit.experiments.dimension_asking import FILE, PAGE
+    from lorafit.report.dimension_page import write_dimension
+
+    try:
+        return write_dimension(told, folder / PAGE, source=str(folder / FILE))
+    except MissingExtraError as error:
+        screen.say(f"no report: {error.message}; {error.fix}")
+        return None
+
+
+def _show(told: dict[str, Any], folder: Path, page: Path | None, screen: Screen) -> None:
+    from lorafit.experiments.dimension_asking import FILE
     from lorafit.experiments.dimension_telling import number
 
     metric = told["metric"]
@@ -303,6 +303,6 @@ def _show(told: dict[str, Any], folder: Path, screen: Screen) -> None:
     for line in [*told["said"], *(f"advice: {one}" for one in told["advice"])]:
         screen.say(line)
     screen.say(f"{told['trials']} trials, {_duration(told['seconds'])}: {folder / FILE}", whole=True)
-    screen.say(f"report:  {folder / PAGE}", whole=True)
+    screen.say(f"report:  {page or 'not written'}", whole=True)
     screen.say(told["verdict"], whole=True)
     screen.result(told)

@@ -28,6 +28,7 @@ def export(
         int | None,
         typer.Option(
             "--r",
+            min=1,
             help="vllm, gguf: the nearest LoRA of this rank, where there is no exact one.",
             rich_help_panel=FORMAT,
         ),
@@ -118,6 +119,8 @@ def _checked(to: str, job: Job) -> Callable[[Job], Done]:
         "--r": job.r is not None,
         "--component": job.component is not None,
         "--untie": job.untie,
+        "--model": job.model is not None,
+        "--labels": job.labels is not None,
     }
     odd = [word for word, there in given.items() if there and word not in words]
     odd += ["--untie"] if job.untie and to == "gguf" and not job.merged else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +141,11 @@ def _gguf_model(job: Job) -> Done:
     from transformers import AutoModelForCausalLM
 
     place = Located(str(job.output), job.name)
-    again = opened(
-        place,
-        lambda: AutoModelForCausalLM.from_pretrained(job.output, gguf_file=gguf_model.FILE, dtype=torch.float32),
-    )
+    with redirect_stderr(StringIO()):  # its progress bar has no switch
+        again = opened(
+            place,
+            lambda: AutoModelForCausalLM.from_pretrained(job.output, gguf_file=gguf_model.FILE, dtype=torch.float32),
+        )
     logits = logits_of(again.to(probe["input_ids"].device).eval(), probe)
     found = comparison(logits, plain, adapted, TOLERANCE.get(kind, TOLERANCE["bfloat16"]))
     show(found, job.screen)
@@ -281,10 +284,11 @@ def _card(job: Job, described: Description | None, title: str, use: str) -> str:
     )
 
 
+BASE = ("--model", "--labels")
 FORMATS: Mapping[str, tuple[Callable[[Job], Done], tuple[str, ...]]] = {
-    "hf": (_hf, ("--untie",)),
-    "vllm": (_vllm, ("--r",)),
-    "gguf": (_gguf, ("--merged", "--r", "--untie")),
+    "hf": (_hf, ("--untie", *BASE)),
+    "vllm": (_vllm, ("--r", *BASE)),
+    "gguf": (_gguf, ("--merged", "--r", "--untie", *BASE)),
     "diffusers": (_diffusers, ("--component",)),
 }
 """Format → what writes it, and the options that it has beside those of all."""

@@ -47,11 +47,17 @@ def inspect(
     Needs the adapter's files alone; with --base it loads the model as well. Two adapters are compared by the directions
     that they read and write.
     """
+    from lorafit.cli.exits import usage
     from lorafit.cli.quiet import quiet
     from lorafit.cli.screen import Screen
     from lorafit.inspection import inspect as look
 
     screen = Screen(as_json)
+    if report is not None:
+        from lorafit.report.document import check_place
+
+        with usage():
+            check_place(report, adapter)
     quiet()
     handle, effect = _opened(adapter, base or model is not None, model, labels, screen)
     second = None if other is None else _second(handle, other, with_base=effect is not None)
@@ -197,6 +203,7 @@ def _site(place: Place) -> dict[str, Any]:
         "weight": place.weight,
         "relative": place.relative,
         "start": place.start,
+        "rescaled": place.rescaled,
         "grown": place.grown,
         "stable_rank": place.spectrum.stable_rank,
         "effective_rank": place.spectrum.effective_rank,

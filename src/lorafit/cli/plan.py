@@ -112,6 +112,8 @@ def _time_rows(forecast: Forecast) -> list[tuple[str, str, str]]:
         named.append((f"evaluations, {way.evaluations}", lambda times: times.evaluation))
     if way.samples:
         named.append((f"answers, {way.samples} before and after", lambda times: times.answers))
+    if way.watched:
+        named.append((f"{forecast.watching}, before and after", lambda times: times.watched))
     rows = [(name, duration(of(one)), "" if two is None else duration(of(two))) for name, of in named]
     rows.append(("start and files", "", "" if two is None else duration(two.rest)))
     return [*rows, ("whole run", duration(one.total), "" if two is None else duration(two.total))]
@@ -173,6 +175,7 @@ def _seconds(times: Times) -> dict[str, float]:
         "train_seconds": times.training,
         "evaluation_seconds": times.evaluation,
         "answer_seconds": times.answers,
+        "watched_seconds": times.watched,
         "rest_seconds": times.rest,
         "seconds": times.total,
     }

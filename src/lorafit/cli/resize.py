@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
 
 SIZE = "Size"
 ENERGIES = (0.99, 0.95, 0.9, 0.8, 0.5)
+BESIDE = (
+    "labels.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""Files of an adapter's folder that its smaller one needs as well: the names of classes, and the tokenizer's."""
 TRIED = "resized"
 """The name of a smaller adapter while it is measured."""
 
@@ -141,7 +156,7 @@ def resize(
         screen.say("nothing was written: name one size and --output-dir")
         screen.result({"adapter": adapter, "sizes": rows})
         return
-    worst = _written(source, sizes[-1][1], output_dir)
+    worst = _written(adapter, source, sizes[-1][1], output_dir)
     screen.say(f"new adapter: {output_dir} (max difference of ΔW from what was to be written: {worst:.2g})", whole=True)
     screen.result({"adapter": adapter, "output_dir": output_dir, "difference": worst, "sizes": rows})
 
@@ -160,7 +175,7 @@ def _asked(r: str | None, energy: str | None, drop: str | None, scan: bool, outp
     asked = Asked(
         tuple(int(each) for each in _numbers("--r", r, whole=True)),
         tuple(_numbers("--energy", energy, whole=False)),
-        tuple(_numbers("--drop", drop, whole=False)),
+        tuple(_numbers("--drop", drop, whole=False, most=0.999)),
     )
     if scan == (output is not None):
         raise ConfigError(
@@ -184,7 +199,7 @@ def _asked(r: str | None, energy: str | None, drop: str | None, scan: bool, outp
     return asked
 
 
-def _numbers(name: str, text: str | None, *, whole: bool) -> list[float]:
+def _numbers(name: str, text: str | None, *, whole: bool, most: float = 1.0) -> list[float]:
     from lorafit.errors import ConfigError
 
     found = []
@@ -193,12 +208,12 @@ def _numbers(name: str, text: str | None, *, whole: bool) -> list[float]:
             value = float(int(part) if whole else part)
         except ValueError:
             value = -1.0
-        if not (value >= 1 if whole else 0 < value <= 1):
+        if not (value >= 1 if whole else 0 < value <= most):
             raise ConfigError(
                 "this is no size",
                 where=name,
                 found=repr(part),
-                expected="a rank from 1 on" if whole else "a share, above 0 and at most 1",
+                expected="a rank from 1 on" if whole else f"a share, above 0 and at most {most:g}",
                 fix=f"{name} {'8' if whole else '0.5'}",
             )
         found.append(value)
@@ -309,7 +324,7 @@ def _score(source: Source, size: Size, measured: Measured, *, first: bool) -> di
     return {"loss": after.mean, "change": moved.value, "margin": moved.margin, "accuracy": accuracy}
 
 
-def _written(source: Source, size: Size, output_dir: Path) -> float:
+def _written(adapter: Path, source: Source, size: Size, output_dir: Path) -> float:
     """Writes the adapter and reads it back; how far its change is from what was to be written."""
     from lorafit import store
     from lorafit.errors import CheckpointError
@@ -319,6 +334,9 @@ def _written(source: Source, size: Size, output_dir: Path) -> float:
 
     with fresh(output_dir) as folder:
         write(source, size, folder)
+        for name in BESIDE:
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
     worst = difference(source, size, store.read(output_dir))
     largest = max(max(each.spectrum.values, default=0.0) for each in source.layers.values())
     if not worst <= 1e-4 * max(largest, 1e-30):

@@ -101,25 +101,23 @@ def _apart(ranking: Ranking, one: Place, other: Place) -> bool:
 
 def _rates(ranking: Ranking, candidates: Mapping[str, Row]) -> list[str]:
     """Candidates whose best rate lies at the edge of those that were tried."""
-    told = []
+    edges: dict[str, list[str]] = {"highest": [], "lowest": []}
     for place in ranking.places:
         search = [one for one in candidates[place.name]["search"] if one["validation"] is not None]
         chosen = candidates[place.name]["rate"]
         if chosen is None or len(search) < 2:
             continue
         rates = sorted(one["rate"] for one in candidates[place.name]["search"])
-        if math.isclose(chosen, rates[-1]):
-            told.append(_edge(place.name, chosen, "highest", "higher"))
-        elif math.isclose(chosen, rates[0]):
-            told.append(_edge(place.name, chosen, "lowest", "lower"))
-    return told
-
-
-def _edge(name: str, rate: float, end: str, way: str) -> str:
-    return (
-        f"Learning rate of {name}: {rate:.3g} was the best on the validation part, and the {end} that was tried; "
-        f"a {way} one may be better still."
-    )
+        for end, rate in (("highest", rates[-1]), ("lowest", rates[0])):
+            if math.isclose(chosen, rate):
+                edges[end].append(f"{place.name} ({chosen:.3g})")
+    ways = {"highest": "higher", "lowest": "lower"}
+    return [
+        f"Learning rate: the {end} that was tried was the best on the validation part for {', '.join(names)}; "
+        f"a {ways[end]} one may be better still (--rates tries more)."
+        for end, names in edges.items()
+        if names
+    ]
 
 
 def _budget(ranking: Ranking, candidates: Mapping[str, Row]) -> list[str]:

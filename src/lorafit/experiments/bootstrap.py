@@ -41,10 +41,13 @@ class Sample:
     Attributes:
         sums: for each seed, the sum of each record (loss in nats, or what was right).
         fixed: whether seeds have no part in it: an untrained model.
+        apart: whether its seeds are luck of another kind, which is not taken together with that of the others: the
+            values of an untrained classifier's head.
     """
 
     sums: tuple[tuple[float, ...], ...]
     fixed: bool = False
+    apart: bool = False
 
 
 @final
@@ -56,7 +59,8 @@ class Draws:
         scores: (candidates).
         values: (resamples, candidates); differences of columns are differences of candidates.
         seeds: for each candidate its seeds' own scores.
-        spread: the standard deviation of one seed's score, all candidates taken together; None of one seed each.
+        spread: the standard deviation of one seed's score, all candidates but those apart taken together; None of one
+            seed each.
         degrees: of freedom of `spread`.
     """
 
@@ -88,16 +92,25 @@ def draw(samples: Sequence[Sample], counts: Sequence[float], *, resamples: int, 
         None if sample.fixed or len(each) < 2 else float(each.var())
         for sample, each in zip(samples, seeds, strict=True)
     ]
-    parted = [(len(each) - 1, own) for each, own in zip(seeds, variances, strict=True) if own is not None]
+    parted = [
+        (len(each) - 1, own)
+        for sample, each, own in zip(samples, seeds, variances, strict=True)
+        if own is not None and not sample.apart
+    ]
     degrees = sum(free for free, _ in parted)
     pooled = math.fsum(free * own for free, own in parted) / degrees if degrees else None
     if pooled is not None:
         errors = [
-            0.0 if sample.fixed else math.sqrt(max(pooled, own or 0.0) / len(each))
+            0.0 if sample.fixed or sample.apart else math.sqrt(max(pooled, own or 0.0) / len(each))
             for sample, each, own in zip(samples, seeds, variances, strict=True)
         ]
         moved = torch.randn(resamples, len(samples), generator=generator, dtype=torch.float64)
         values = values + moved * torch.tensor(errors, dtype=torch.float64) * _student(resamples, degrees, generator)
+    for place, (sample, each, own) in enumerate(zip(samples, seeds, variances, strict=True)):
+        if sample.apart and own is not None:
+            off = torch.randn(resamples, 1, generator=generator, dtype=torch.float64)
+            off *= math.sqrt(own / len(each)) * _student(resamples, len(each) - 1, generator)
+            values[:, place] += off[:, 0]
     return Draws(
         scores=scores,
         values=values,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from lorafit.errors import ConfigError, nearest
@@ -19,6 +19,15 @@ OWN: Mapping[str, str] = {
     "method": "--methods a,b",
     "output_dir": "--output-dir",
 }
+ALIKE = frozenset(
+    {"model", "data", "data_split", "eval_data", "eval_data_split", "eval_split", "eval_limit", "columns", "group"}
+    | {"slice", "task", "max_length", "seed", "keep_best", "early_stopping", "eval_strategy", "eval_steps"}
+    | {"max_steps", "num_train_epochs", "gradient_accumulation_steps"}
+    | {"per_device_train_batch_size", "per_device_eval_batch_size"}
+)
+"""Settings that all candidates have in common: a method with others would be measured by another measure."""
+NO_PART = frozenset({"samples", "max_new_tokens", "general", "target"})
+"""Settings of `lorafit train` that add to what a run tells, and nothing to what is compared."""
 
 
 @final
@@ -102,6 +111,11 @@ def candidates(
             expected=f"one of {', '.join(names)}",
             fix=f"add {stranger} to --methods, or remove them",
         )
+    _check_alike(own)
+    told = {_canonical(key) for layers in (shared, *own.values()) for _, values in layers for key in values}
+    unused = sorted(told & NO_PART)
+    if unused:
+        say(f"{', '.join(unused)}: no part of a comparison, left out")
     every = {option for name in METHODS for option in accepts(name)}
     made: list[Candidate] = []
     for name in names:
@@ -116,7 +130,7 @@ def candidates(
     if not made or not names:
         raise ConfigError("there is nothing to compare", where="--methods", fix="--methods lora,dora")
     for candidate in made:
-        _check(candidate.settings)
+        _check(candidate)
     return made
 
 
@@ -135,6 +149,19 @@ def _check_references(references: Sequence[str]) -> None:
                 near=nearest(name, REFERENCES),
                 fix="--reference base,full",
             )
+
+
+def _check_alike(own: Mapping[str, Sequence[Layer]]) -> None:
+    for origin, values in (layer for layers in own.values() for layer in layers):
+        for key in values:
+            if _canonical(key) in ALIKE:
+                raise ConfigError(
+                    f"{_canonical(key)} is the same for all that is compared",
+                    where=f"{origin}.{key}",
+                    found=repr(values[key]),
+                    expected="one value, not under a method's name",
+                    fix=f"give {key} without the method, or leave it out",
+                )
 
 
 def _parted(layers: Sequence[Layer], methods: Mapping[str, Any]) -> tuple[list[Layer], dict[str, list[Layer]]]:
@@ -177,7 +204,15 @@ def _tell_left_out(name: str, shared: Sequence[Layer], strange: set[str], say: N
         say(f"{name} has no {', '.join(sorted(set(left)))}: it runs without")
 
 
-def _check(settings: Settings) -> None:
+def _check(candidate: Candidate) -> None:
+    settings = candidate.settings
+    if candidate.kind is Kind.FULL and settings.quantise != "none":
+        raise ConfigError(
+            "the weights of a quantised base cannot be trained",
+            where="--reference",
+            found=f"full, and quantise={settings.quantise}",
+            fix="--reference base, or leave quantise out",
+        )
     if settings.early_stopping:
         raise ConfigError(
             "candidates of a comparison have the same number of steps",
@@ -194,6 +229,40 @@ def _check(settings: Settings) -> None:
         )
 
 
+def with_heads(made: Sequence[Candidate], say: Notify, *, classifies: bool) -> list[Candidate]:
+    """The candidates with one rate for what is trained in full beside an adapter, such as a new head.
+
+    Methods want rates that are hundreds of times apart. A head wants the same beside each, and what is compared are
+    adapters.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    first = made[0].settings
+    if first.full_learning_rate is not None or not (classifies or first.modules_to_save):
+        return list(made)
+    rate = _width_rate(first, say)
+    say(f"what is trained in full beside an adapter learns at {rate:.2g} in every run; --full-learning-rate sets it")
+    return [replace(one, settings=one.settings.model_copy(update={"full_learning_rate": rate})) for one in made]
+
+
+def _config(settings: Settings, say: Notify) -> Any:
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    from lorafit.training.models import loaded, locate
+
+    located = locate(settings.model, say)
+    return loaded(located, lambda: AutoConfig.from_pretrained(located.path))
+
+
+def _width_rate(settings: Settings, say: Notify) -> float:
+    """LoRA's default rate for the model."""
+    from lorafit.training.models import default_rate
+
+    return default_rate(_config(settings, say).get_text_config().hidden_size)
+
+
 def default_rates(made: Sequence[Candidate], say: Notify, *, classifies: bool) -> dict[str, float]:
     """The rate that each search begins with: what `lorafit train` would take.
 
@@ -204,17 +273,16 @@ def default_rates(made: Sequence[Candidate], say: Notify, *, classifies: bool) -
         TargetError: no such layers.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from lorafit.experiments.full import TIMES
     from lorafit.methods import build
     from lorafit.plan import Modules, choose, saved_paths
-    from lorafit.training.models import default_rate, loaded, locate
+    from lorafit.training.models import default_rate
     from lorafit.training.planning_shades import shades
 
     first = made[0].settings
-    located = locate(first.model, say)
-    config = loaded(located, lambda: AutoConfig.from_pretrained(located.path))
+    config = _config(first, say)
     width = default_rate(config.get_text_config().hidden_size)
     with torch.device("meta"):
         kind: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM

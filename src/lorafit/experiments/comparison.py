@@ -16,17 +16,20 @@ from typing import Any, TypeAlias, final
 from lorafit import __version__, files
 from lorafit.errors import ConfigError, some
 from lorafit.experiments.candidates import Candidate
-from lorafit.experiments.parts import Parts
+from lorafit.experiments.parts import DATA, Parts
 from lorafit.experiments.runner import Runner
-from lorafit.experiments.spending import Plan
+from lorafit.experiments.spending import PLAN, Plan
 from lorafit.experiments.trial import TRIALS, Kind, Result, Trial
-from lorafit.experiments.tuning import Search, best
-from lorafit.training.folder import FREE, FREE_TRAINING, RECORDS
+from lorafit.experiments.tuning import Search, Tried, best
+from lorafit.training.folder import FREE, FREE_TRAINING, RunFolder
 
 FORMAT = 1
 COMPARISON = "comparison.json"
 SETTINGS = "settings.json"
-NOWHERE = "the loss was not finite at any of the rates"
+BEFORE = frozenset({".lock", DATA, TRIALS, PLAN})
+"""What a comparison may leave behind that ends before its settings are kept."""
+PRICED = frozenset({"prefix_cache", "recompute", "slice"})
+"""Settings that a run may go on without, and that its time and memory depend on: a comparison has them alike."""
 
 
 @final
@@ -225,13 +228,13 @@ class Comparison:
             self._step(result)
 
     def _choose(self, one: Standing) -> None:
-        search = self._searches.get(one.candidate.name)
-        if search is None:
+        if one.candidate.name not in self._searches:
             one.rate = one.candidate.fixed
             return
-        chosen = best(search.tried)
+        # By the results, not by what the search was told of them: a trial that failed may have been run again since.
+        chosen = best(tuple(Tried(rate, None if each.failed else each.validation) for rate, each in one.search))
         if chosen is None:
-            one.failed = NOWHERE
+            one.failed = f"it failed at each of its rates: {_lost(one)}"
         else:
             one.rate = chosen.rate
 
@@ -258,13 +261,29 @@ class Comparison:
         self._changed(self, result)
 
     def notes(self) -> list[str]:
-        """What there is to know of the choice of rates, in sentences."""
-        found = []
-        for one in self.standings:
-            lost = [rate for rate, result in one.search if result.failed is not None]
-            if lost:
-                found.append(f"{one.candidate.name} diverged at {', '.join(f'{rate:.3g}' for rate in sorted(lost))}")
-        return found
+        """What there is to know of the records and of the choice of rates, in sentences."""
+        return self._unread() + [
+            f"{one.candidate.name} failed at {lost}" for one in self.standings if (lost := _lost(one))
+        ]
+
+    def _unread(self) -> list[str]:
+        """What of the records no model has read."""
+        data = self._first().get("data", {})
+        told, within = [], f"max_length {data.get('max_length')}"
+        if cut := data.get("truncated"):
+            told.append(
+                f"{cut:,} of the {data['train_records'] + data['eval_records']:,} records to train on and to choose by "
+                f"are longer than {within}, and were cut; those of the test are cut likewise"
+            )
+        if dropped := data.get("dropped"):
+            told.append(f"{dropped:,} records to train on or to choose by were left out: no answer is within {within}")
+        measured = [len(each.measured.losses) for one in self.standings for each in one.results if each.measured]
+        if missing := self.parts.test_records - max(measured, default=self.parts.test_records):
+            told.append(
+                f"{missing:,} of the {self.parts.test_records:,} test records are not measured: "
+                f"no answer is within {within}"
+            )
+        return told
 
     def write(self) -> None:
         """Puts comparison.json in place."""
@@ -287,6 +306,9 @@ class Comparison:
                 "test_records": parts.test_records,
                 "train_tokens": data.get("train_tokens"),
                 "longest": data.get("longest"),
+                "truncated": data.get("truncated"),
+                "dropped": data.get("dropped"),
+                "unread": self._unread(),
             },
             "budget": {
                 "seconds": plan.seconds,
@@ -306,12 +328,18 @@ class Comparison:
         """What the records of the first run say of data and machine."""
         names = [result.name for one in self.standings for result in one.results if result.steps]
         if not self._facts and names:
-            for line in (self.folder / TRIALS / names[0] / RECORDS).read_text(encoding="utf-8").splitlines():
-                one = json.loads(line)
-                if one["event"] in ("data", "environment"):
+            first = RunFolder(self.folder / TRIALS / names[0])
+            for event in ("data", "environment"):
+                for one in first.recorded(event):
                     kept = {key: value for key, value in one.items() if key not in ("event", "time", "elapsed")}
-                    self._facts[one["event"]] = kept
+                    self._facts[event] = kept
         return self._facts
+
+
+def _lost(one: Standing) -> str:
+    """The rates at which a candidate failed, each with the reason."""
+    lost = sorted((rate, result.failed) for rate, result in one.search if result.failed is not None)
+    return "; ".join(f"{rate:.3g} ({why})" for rate, why in lost)
 
 
 def own(folder: Path, candidates: Sequence[Candidate], steps: int) -> None:
@@ -321,6 +349,7 @@ def own(folder: Path, candidates: Sequence[Candidate], steps: int) -> None:
         ConfigError: a candidate had other settings there.
     """
     path = folder / SETTINGS
+    check_folder(folder)
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     mine = {one.name: _comparable(one) | {"steps": steps} for one in candidates}
     different = [
@@ -341,9 +370,34 @@ def own(folder: Path, candidates: Sequence[Candidate], steps: int) -> None:
     files.write_text(path, json.dumps({**kept, **mine}, indent=2))
 
 
+def check_folder(folder: Path) -> None:
+    """Raises `ConfigError` where a folder holds what is no comparison's: a run's, or another experiment's."""
+    if not folder.exists():
+        return
+    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    path = folder / SETTINGS
+    if folder.is_dir() and path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            whole = all(isinstance(one, dict) and "steps" in one for one in found.values())
+        except (ValueError, AttributeError):
+            whole = False
+        if whole:
+            return
+    elif folder.is_dir() and set(inside) <= BEFORE:  # a comparison that ended before its first trial began
+        return
+    raise ConfigError(
+        "the output directory holds something else",
+        where=folder,
+        found=some(inside, 4) if folder.is_dir() else "a file",
+        expected="a new or empty directory, or that of the same comparison",
+        fix="choose another output_dir",
+    )
+
+
 def _comparable(candidate: Candidate) -> dict[str, Any]:
     settings = candidate.settings.model_dump()
     settings["training"] = {key: value for key, value in settings["training"].items() if key not in FREE_TRAINING}
-    plain = {key: value for key, value in settings.items() if key not in FREE}
+    plain = {key: value for key, value in settings.items() if key not in FREE - PRICED}
     found: dict[str, Any] = json.loads(json.dumps(plain))
     return found

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from lorafit import files
-from lorafit.errors import CheckpointError, ConfigError, some
+from lorafit.errors import ConfigError
+from lorafit.experiments.claim import claim
 from lorafit.experiments.dimension import Metric, Projection, Question, Reference
 from lorafit.experiments.dimension_limits import Limits, limits
 from lorafit.experiments.dimension_search import Plan
 from lorafit.experiments.parts import Parts, part
-from lorafit.experiments.trial import TRIALS, Kind, Notify
+from lorafit.experiments.trial import Kind, Notify
 from lorafit.methods import method_class
 from lorafit.methods.intrinsic import IntrinsicDimension
 from lorafit.training.config import DEFAULT_TRAINING, Settings
@@ -116,6 +115,9 @@ def ask(settings: Settings, wanted: Wanted, folder: Path, notify: Notify) -> Ask
     shared = _shared(settings.model_copy(update={"training": training}), parts.train, parts.validation)
     classifies = settings.task == "sequence-classification" or (settings.task == "auto" and _labelled(shared))
     found = limits(settings, classifies, notify)
+    if shared.full_learning_rate is None and (found.head or shared.modules_to_save):
+        # Each trial names its rate, which for a subspace is hundreds of times what weights can bear.
+        shared = shared.model_copy(update={"full_learning_rate": found.head_rate})
     question = Question(
         shared,
         parts.test,
@@ -138,32 +140,8 @@ def begin(settings: Settings, wanted: Wanted) -> Path:
         CheckpointError: what it holds is damaged.
     """
     _check(settings, wanted)
-    folder, mine = folder_of(settings), _own(settings)
-    path = folder / BEGUN
-    if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                "the output directory holds something else",
-                where=folder,
-                found=some(sorted(one.name for one in folder.iterdir()), 3) if folder.is_dir() else "a file",
-                expected="a new or empty directory, or that of the same experiment",
-                fix="choose another --output-dir",
-            )
-        files.write_text(path, json.dumps(mine, indent=2))
-        return folder
-    theirs = _json(path)
-    flat = [{**one, **one.get("training", {}), "training": None} for one in (theirs, mine)]
-    different = [f"{key} was {flat[0].get(key)!r}" for key in sorted({*flat[0], *flat[1]}) if _differ(key, *flat)]
-    if different and not any((folder / TRIALS).glob("**/*.json")):
-        files.write_text(path, json.dumps(mine, indent=2))  # nothing was trained there yet
-    elif different:
-        raise ConfigError(
-            "this is the output directory of another experiment",
-            where=folder,
-            found=some(different, 4),
-            expected="the same settings, to go on with it",
-            fix=f"choose another --output-dir, or remove {folder}",
-        )
+    folder = folder_of(settings)
+    claim(folder, BEGUN, _own(settings))
     return folder
 
 
@@ -172,27 +150,6 @@ def _own(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(settings.model_dump(exclude=set(FREE))))
     found["training"].pop("learning_rate", None)
     return found
-
-
-def _differ(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.get(key) != other.get(key)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        problem: object = f"a {type(found).__name__}"
-    except (OSError, ValueError) as error:
-        problem = error
-    raise CheckpointError(
-        f"{path.name} is damaged",
-        where=path,
-        found=problem,
-        expected="the JSON object that lorafit wrote",
-        fix="restore the file, or choose another --output-dir",
-    )
 
 
 def comparison(path: Path) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Limits:
         """The learning rate of the method at this d, by default."""
         return default_rate(self.width) * IntrinsicDimension(d=d, layerwise=layerwise).rate(self.shapes)
 
+    @property
+    def head_rate(self) -> float:
+        """The learning rate of what is trained in full beside a subspace: LoRA's, whatever that of the d numbers."""
+        return default_rate(self.width)
+
     def reference_rate(self, settings: Settings) -> float:
         """The learning rate of the method of `settings`, by default."""
         return default_rate(self.width) * build(settings.method, settings.method_options).rate(self.shapes)

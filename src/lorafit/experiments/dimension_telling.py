@@ -96,7 +96,7 @@ def _compare(found: Measuring, told: dict[str, Any]) -> None:
     told["points"] = [_point(found, measured, d, over) for d in found.places()]
     gains = full > base
     if gains and at is not None and over is not None:
-        told.update(below=at.below, above=at.above, d90=None if at.d is None else round(at.d))
+        told.update(below=at.below, above=at.above, d90=None if at.below is None or at.d is None else round(at.d))
         if (over.low, over.high) != (None, None):
             told["interval"] = [end if end is None else round(end) for end in (over.low, over.high)]
     told["said"] = sentences(found, told, measured, over)
@@ -194,7 +194,9 @@ def _space(found: Measuring, told: Mapping[str, Any]) -> str:
     space = f"subspaces lie in the {limits['weights']:,} weights of {limits['sites']:,} layers{said}"
     if not found.limits.head:
         return space
-    return f"{space}; the classifier's new head is trained in full beside them, and not counted in d"
+    rate = found.question.settings.full_learning_rate
+    told_rate = "" if rate is None else f" at rate {rate:.2g}"
+    return f"{space}; the classifier's new head is trained in full beside them{told_rate}, and not counted in d"
 
 
 def _sureness(found: Measuring, told: Mapping[str, Any], over: Interval) -> str:
@@ -276,10 +278,11 @@ def verdict(told: Mapping[str, Any]) -> str:
         return "no d90: no subspace was trained" + (", the budget ended before" if told["spent"] else "")
     if told["above"] is None:
         last = points[-1]
-        more = "--max-d goes on" if last["d"] >= limits["most"] else "--points goes on"
-        if told["spent"]:
-            more = "--budget goes on"
-        return f"d90 is more than {last['d']:,} ({kind}), which keeps {100 * last['kept']:.0f} %; a larger {more}"
+        option = "--max-d" if last["d"] >= limits["most"] else "--points"
+        more = f"a larger {'--budget' if told['spent'] else option} goes on"
+        if last["d"] >= limits["weights"]:
+            more = "more there are not in these layers"
+        return f"d90 is more than {last['d']:,} ({kind}), which keeps {100 * last['kept']:.0f} %; {more}"
     if told["below"] is None:
         smallest = points[0]["d"] <= limits["least"]
         why = "the smallest there can be" if smallest else "the smallest tried; a larger --points goes on"

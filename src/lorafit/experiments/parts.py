@@ -72,8 +72,7 @@ def part(settings: Settings, experiment: Path) -> Parts:
     form = recognise(source, settings.columns)
     used = () if settings.group is None else (settings.group,)
     said = [announcement(source, form, used)]
-    share = SHARE if settings.eval_split is None else settings.eval_split
-    if share == 0:
+    if settings.eval_split == 0:
         raise ConfigError(
             "an experiment needs held-out records",
             where="eval_split",
@@ -83,14 +82,13 @@ def part(settings: Settings, experiment: Path) -> Parts:
         )
     train = _Readable(source.records, examples(source, form))
     if held is None:
-        train, test = train.split(_wanted(share, len(train.records), settings.eval_limit or TEST), settings, "test")
+        train, test = train.split(_wanted(settings, len(train.records), TEST), settings, "test")
     else:
         held_form = recognise(held, settings.columns)
         said.append(f"test part: {announcement(held, held_form)}")
         test = _Readable(held.records, examples(held, held_form)).limited(settings.eval_limit or TEST)
     train = train.without(test)
-    wanted = _wanted(share, len(train.records), settings.eval_limit or VALIDATION)
-    train, validation = train.split(wanted, settings, "validation")
+    train, validation = train.split(_wanted(settings, len(train.records), VALIDATION), settings, "validation")
     train = train.without(validation)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [one.write(folder / name) for one, name in ((train, "train"), (validation, "validation"), (test, "test"))]
@@ -171,13 +169,17 @@ def _sources(settings: Settings) -> tuple[Source, Source | None]:
     return source, read_records(settings.eval_data, split=split)
 
 
-def _wanted(share: int | float, count: int, limit: int) -> int:
-    """How many records to hold out: the number that is given, or a share within the limit."""
-    wanted = share if isinstance(share, int) else max(1, min(limit, round(share * count)))
+def _wanted(settings: Settings, count: int, most: int) -> int:
+    """How many records to hold out: what `eval_split` says, else a tenth and `most` at most; within `eval_limit`."""
+    share, limit = settings.eval_split, settings.eval_limit
+    if share is None:
+        share, limit = SHARE, limit or most
+    wanted = share if isinstance(share, int) else max(1, round(share * count))
+    wanted = wanted if limit is None else min(wanted, limit)
     if wanted >= count:
         raise DataError(
             "the records are too few to train on, to choose by and to report on",
-            found=f"{count} records, {wanted} to be held out",
+            found=f"{count} records where these are taken from, {wanted} to be held out",
             expected="at least three, and better some hundreds",
             fix="add records, or lower eval_split",
         )

@@ -30,6 +30,7 @@ from typing import Any, final
 
 from lorafit import __version__, files
 from lorafit.errors import ConfigError, some
+from lorafit.experiments.claim import alone, claim
 from lorafit.experiments.measuring import adapted
 from lorafit.experiments.parts import part
 from lorafit.experiments.pseudo_calibration import ENOUGH
@@ -118,6 +119,10 @@ class _Experiment:
 
     def execute(self) -> dict[str, Any]:
         self._check_asked()
+        with alone(self.folder):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self.parts = part(self.settings, self.folder)
         for sentence in self.parts.said:
             self.notify(sentence)
@@ -137,7 +142,7 @@ class _Experiment:
     # What is given ------------------------------------------------------------------------------------------------
 
     def _check_asked(self) -> None:
-        """The folder is this experiment's own, or becomes it. More rounds or seeds are the same one, continued."""
+        """The folder is this experiment's. More rounds or seeds are the same one, continued."""
         digest = hashlib.sha256(
             "".join(line(one.fields) for one in read_records(self.wanted.unlabelled).records).encode()
         ).hexdigest()
@@ -147,28 +152,7 @@ class _Experiment:
             "confidence": self.wanted.confidence,
             "ratio": self.wanted.ratio,
         }
-        path = self.folder / ASKED
-        if not path.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise ConfigError(
-                    "the output directory holds something else",
-                    where=self.folder,
-                    expected="a new or empty directory, or that of the same experiment",
-                    fix="choose another output_dir",
-                )
-            files.write_text(path, json.dumps(mine, indent=2))
-            return
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        if theirs != mine:
-            old, new = ({**one, **dict(one["settings"]), "settings": None} for one in (theirs, mine))
-            differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-            raise ConfigError(
-                "this is the output directory of another experiment",
-                where=self.folder,
-                found=", ".join(f"{key} was {old.get(key)!r}" for key in differing[:4]),
-                expected="the same settings and data, to go on with it",
-                fix="choose another output_dir",
-            )
+        claim(self.folder, ASKED, mine)
 
     def _read(self, path: str) -> list[Example]:
         source = read_records(path)
@@ -233,7 +217,14 @@ class _Experiment:
             "eval_strategy": "steps",
             "eval_steps": self.settings.training.get("eval_steps") or every,
         }
-        own = {"data_split": None, "eval_data_split": None, "eval_split": None, "eval_limit": None, "group": None}
+        own: dict[str, Any] = {
+            "data_split": None,
+            "eval_data_split": None,
+            "eval_split": None,
+            "eval_limit": None,
+            "group": None,
+        }
+        own |= {"general": "none", "target": None, "slice": None}  # what nobody is told of here is not measured
         return self.settings.model_copy(
             update={
                 **own,

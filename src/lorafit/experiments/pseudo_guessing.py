@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lorafit.errors import DataError, some
 from lorafit.experiments.measuring import Model
 from lorafit.experiments.pseudo_calibration import Calibration, calibrate, summarise
 from lorafit.experiments.pseudo_reading import answer_name
@@ -64,7 +65,11 @@ class Guesser(ABC):
 
     @abstractmethod
     def calibrate(self, held: Sequence[Example], asked: float) -> Calibration:
-        """Finds the temperature on held-out records, and what the confidence that will be asked for is worth there."""
+        """Finds the temperature on held-out records, and what the confidence that will be asked for is worth there.
+
+        Raises:
+            DataError: none of them fits into the length.
+        """
 
     @abstractmethod
     def guess(self, examples: Sequence[Example], temperature: float) -> Guesses:
@@ -90,6 +95,14 @@ class Closed(Guesser):
 
     def calibrate(self, held: Sequence[Example], asked: float) -> Calibration:
         scored = self._scorer(held)
+        if not scored.kept:
+            raise DataError(
+                "no validation record fits into the length, so that nothing tells what a confidence is worth",
+                where="max_length",
+                found=some(scored.dropped, 3),
+                expected="records that fit with every answer",
+                fix="raise --max-length",
+            )
         return calibrate(scored.values, [self._gold(held[place]) for place in scored.kept], asked)
 
     def guess(self, examples: Sequence[Example], temperature: float) -> Guesses:

@@ -108,7 +108,7 @@ def verdict(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], folder
     decisive = found[0]
     sentence = decisive.sentence()
     if all(a["trial"] == b["trial"] for a, b in pairs):
-        sentence = "pseudo-labels did not help: no unlabelled record was answered with enough confidence"
+        sentence = "pseudo-labels did not help: no answer was sure enough to be trained on"
     side = 1 if decisive.helped else 0
     kept = min((pair[side] for pair in pairs), key=lambda one: (one["validation"] is None, one["validation"]))
     named = "with pseudo-labels" if decisive.helped else "supervised"

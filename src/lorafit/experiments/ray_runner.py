@@ -57,17 +57,23 @@ class Ray(Runner):
             while waiting:
                 ready, _ = self._ray.wait(list(waiting), num_returns=1)
                 trial = waiting.pop(ready[0])
-                self._get(ready[0])
-                yield self._seen(trial)
+                yield self._get(ready[0], trial)
         finally:
             for reference in waiting:
                 self._ray.cancel(reference)
 
-    def _get(self, reference: Any) -> None:
+    def _get(self, reference: Any, trial: Trial) -> Result:
+        known = self._ray.exceptions
         try:
             self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
+        except known.RayTaskError as error:
             raise error.cause or error from None
+        except (known.WorkerCrashedError, known.OutOfMemoryError, known.NodeDiedError) as error:
+            from lorafit.experiments.running import given_up
+
+            why = (str(error).strip().splitlines() or [""])[0]
+            return given_up(trial, self._folder, f"its process was lost each time: {type(error).__name__}: {why}")
+        return self._seen(trial)
 
     def _seen(self, trial: Trial) -> Result:
         result = finished(trial, self._folder)

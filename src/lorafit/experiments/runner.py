@@ -26,6 +26,12 @@ LOG = ".log"
 LOCK = ".lock"
 PRELOADED = ("lorafit.training.run", "lorafit.experiments.running")
 """What the process that trials are forked from imports once, where the system has such: it takes seconds."""
+KILLS = 2
+"""So often in one command the system may kill the process of a trial before the trial is given up."""
+KILL = 9
+"""What the signal that nobody can refuse is numbered, also where Python does not name it."""
+ASKED_TO_END = frozenset(one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP"))
+"""Signals by which somebody stops a process, rather than what happens to it."""
 GRACE = 60.0
 """Seconds that a trial is given to finish its step and to save, when it is asked to stop."""
 
@@ -65,6 +71,25 @@ class Local(Runner):
                 yield self._one(trial)
 
     def _one(self, trial: Trial) -> Result:
+        """Runs a trial; one that is killed goes on from its last checkpoint, and if it is killed again is given up."""
+        for left in reversed(range(KILLS)):
+            code = self._process(trial)
+            result = finished(trial, self._folder)
+            if result is not None:
+                return result
+            if code is None or code >= 0 or -code in ASKED_TO_END:
+                break
+            by = f"signal {-code}" + (", as where memory runs out" if -code == KILL else "")
+            if left:
+                self._notify(f"the process of {trial.name} was killed ({by}); it goes on from its last checkpoint")
+                continue
+            from lorafit.experiments.running import given_up
+
+            return given_up(trial, self._folder, f"its process was killed {KILLS} times ({by})")
+        raise self._crashed(trial, code)
+
+    def _process(self, trial: Trial) -> int | None:
+        """The exit status of a process that runs a trial; raises what went wrong in it."""
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_child, args=(theirs, trial, str(self._folder)), daemon=False)
         process.start()
@@ -83,10 +108,8 @@ class Local(Runner):
             ours.close()
         if isinstance(answer, BaseException):
             raise answer
-        result = finished(trial, self._folder)
-        if result is None:
-            raise self._crashed(trial, process.exitcode)
-        return result
+        status: int | None = process.exitcode
+        return status
 
     def _stop(self, process: Any) -> None:
         """Has a trial finish its step, save, and end."""
@@ -97,15 +120,13 @@ class Local(Runner):
     def _crashed(self, trial: Trial, code: int | None) -> TrainingError:
         log = log_of(trial, self._folder)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        killed = code is not None and code < 0
+        stopped = code is not None and code < 0
         return TrainingError(
             f"the process of the trial {trial.name} ended before its trial did",
             where=log,
-            found=f"killed by signal {-code}" if code is not None and killed else (lines or [f"status {code}"])[-1],
+            found=f"stopped by signal {-code}" if code is not None and stopped else (lines or [f"status {code}"])[-1],
             expected="a result",
-            fix="make room (memory) and give the same command: it goes on from the last checkpoint"
-            if killed
-            else "see the log; the same command goes on from the last checkpoint",
+            fix=f"{'' if stopped else 'see the log; '}the same command goes on from the last checkpoint",
         )
 
 
@@ -134,7 +155,7 @@ def _answer(connection: Connection) -> object:
     """What the process says at its end: None for a result, or an error; None also if it can say nothing any more."""
     try:
         return connection.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter where it was killed while it said it
         return None
 
 

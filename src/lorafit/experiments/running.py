@@ -4,34 +4,50 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorafit.errors import LorafitError
 from lorafit.experiments.measuring import Model, adapted, bare, measure
-from lorafit.experiments.trial import Kind, Measured, Notify, Result, Trial
+from lorafit.experiments.trial import Kind, Measured, Notify, Result, Trial, keep
 from lorafit.training.folder import RECORDS
 from lorafit.training.record import peak_rss_bytes
 from lorafit.training.trainer import DivergedError
 
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+WEIGHTS = ("adapter/adapter_model.safetensors", "model/model*.safetensors")
+NO_ROOM = re.compile(r"can't allocate memory|not enough memory")
+"""What torch says where the main memory is full, in an error that has no class of its own."""
 
 
 def run(trial: Trial, experiment: Path, notify: Notify) -> Result:
     """As `trial.run_trial`, of a trial that is not done."""
     folder = trial.folder(experiment)
-    result = _measured_base(trial, experiment, notify) if trial.kind is Kind.BASE else _trained(trial, folder, notify)
-    if trial.forget:  # before the result is there: a trial that has one is never looked at again
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        if trial.kind is Kind.FULL:
-            shutil.rmtree(folder / "model", ignore_errors=True)
-    result.write(folder)
+    base = trial.kind is Kind.BASE
+    try:
+        result = _measured_base(trial, experiment, notify) if base else _trained(trial, folder, notify)
+    except (MemoryError, RuntimeError) as error:
+        if not _full(error):
+            raise
+        return given_up(trial, experiment, f"memory ran out: {(str(error).splitlines() or [''])[0]}")
+    keep(trial, experiment, result)
+    return result
+
+
+def _full(error: Exception) -> bool:
+    """Whether there was no room, on the device or in main memory."""
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or bool(NO_ROOM.search(str(error)))
+
+
+def given_up(trial: Trial, experiment: Path, why: str) -> Result:
+    """The result of a trial that cannot be brought to an end: what its records tell, and why."""
+    result = _result(trial, trial.folder(experiment), None, None, why, None, 0.0)
+    keep(trial, experiment, result)
     return result
 
 
@@ -115,7 +131,7 @@ def _result(
     configs = [one for one in records if one["event"] == "config"]
     drops = [one for one in records if one["event"] == "drop"]
     peaks = [one["peak_rss_bytes"] for one in steps.values() if one.get("peak_rss_bytes")]
-    sizes = [path.stat().st_size for name in WEIGHTS for path in folder.glob(f"*/{name}") if _kept(path)]
+    sizes = [path.stat().st_size for name in WEIGHTS for path in folder.glob(name)]  # large models are in shards
     return Result(
         name=trial.name,
         steps=max(steps, default=0),
@@ -133,10 +149,6 @@ def _result(
     )
 
 
-def _kept(path: Path) -> bool:
-    return path.parent.name in ("adapter", "model")
-
-
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / RECORDS
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
@@ -150,7 +162,8 @@ def _elapsed(records: list[dict[str, Any]]) -> float:
     """Seconds of the run as if it had not been stopped: what was lost by a kill and done again counts once."""
     begins = [place for place, one in enumerate(records) if one["event"] == "run"]
     total = 0.0
-    for place, after in zip(begins, [*begins[1:], len(records)], strict=True):
+    ends = [*begins[1:], len(records)] if begins else []  # none where not even a run began
+    for place, after in zip(begins, ends, strict=True):
         mine = records[place:after]
         if after < len(records):
             step = int(records[after]["resumed_from_step"])

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from lorafit import files
 from lorafit.errors import ConfigError
 from lorafit.experiments.candidates import Candidate
 from lorafit.experiments.trial import Kind, Result
+
+if TYPE_CHECKING:
+    from lorafit.training.folder import RunFolder
 
 PLAN = "plan.json"
 RATES, FEWEST_RATES = 5, 3
@@ -64,10 +67,9 @@ class Speed:
     around: float
 
     @classmethod
-    def of(cls, result: Result, records: Path, wall: float) -> Speed:
+    def of(cls, result: Result, run: RunFolder, wall: float) -> Speed:
         """That of a trial which took `wall` seconds in all, the start of its process among them."""
-        lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
-        steps = [float(one["seconds"]) for one in lines if one["event"] == "step"]
+        steps = [float(one["seconds"]) for one in run.recorded("step")]
         # The first step is slow: memory is handed out and code is chosen.
         return cls(median(steps[1:] or steps), max(0.0, wall - result.seconds))
 
@@ -101,10 +103,16 @@ def seeds_of(seed: int, count: int) -> tuple[int, ...]:
     return tuple(range(seed + 1, seed + 1 + count))
 
 
+def rates_of(candidates: Sequence[Candidate], count: int) -> int:
+    """How many rates are tried for each candidate whose rate is not given; 0 where all of them are."""
+    if count < 1:
+        raise ConfigError("too few rates", where="--rates", found=count, expected="at least 1", fix=f"--rates {RATES}")
+    return count if any(one.kind is not Kind.BASE and one.fixed is None for one in candidates) else 0
+
+
 def plan_freely(candidates: Sequence[Candidate], records: int, rates: int, seeds: int) -> Plan:
     """Everything as it is asked for."""
-    if rates < 1:
-        raise ConfigError("too few rates", where="--rates", found=rates, expected="at least 1", fix=f"--rates {RATES}")
+    rates = rates_of(candidates, rates)
     first = candidates[0]
     steps = asked_steps(first, records)
     chosen = seeds_of(first.settings.seed, seeds)
@@ -123,7 +131,13 @@ def _runs(candidates: Sequence[Candidate], rates: int, seeds: int) -> dict[Kind,
 
 def _counted(candidates: Sequence[Candidate], rates: int, seeds: int) -> str:
     total = sum(_runs(candidates, rates, seeds).values())
-    return f"{rates} rate{'' if rates == 1 else 's'} and {seeds} seeds for each candidate: {total:,} runs"
+    given = [one.fixed is not None for one in candidates if one.kind is not Kind.BASE]
+    tried = f"{rates} rate{'' if rates == 1 else 's'}"
+    if all(given):
+        return f"{seeds} seeds for each candidate: {total:,} runs"
+    if any(given):
+        return f"{seeds} seeds for each candidate, and {tried} for those without a given one: {total:,} runs"
+    return f"{tried} and {seeds} seeds for each candidate: {total:,} runs"
 
 
 def plan_within(
@@ -146,6 +160,7 @@ def plan_within(
     Raises:
         ConfigError: not even the least fits; says what would.
     """
+    rates = rates_of(candidates, rates)
     first, time = candidates[0], (seconds - spent) * RESERVE
     wanted, least = asked_steps(first, records), min(FEWEST_STEPS, asked_steps(first, records))
     chosen = seeds_of(first.settings.seed, seeds)

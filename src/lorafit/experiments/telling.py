@@ -186,7 +186,9 @@ def choice(ranking: Row) -> Row | None:
     equals = _equals(places)
     if not equals or any(place["tied"] and place["kind"] == "base" for place in places):
         return None
-    sound = [place for place in equals if not place["lost"]] or equals
+    # Who shares the best one's place because its own is uncertain may not be better than none.
+    better = [place for place in equals if place["to_base"] is None or place["to_base"]["significant"]]
+    sound = [place for place in better if not place["lost"]] or better
     first = sound[0]
     timed = [place for place in sound if place["cost"]["seconds"] is not None]
     if first["cost"]["seconds"] is None or not timed:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import enum
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
 from lorafit import files
-from lorafit.errors import CheckpointError
+from lorafit.errors import CheckpointError, ConfigError, some
 from lorafit.training.config import Settings
 
 Notify: TypeAlias = Callable[[str], object]
@@ -19,6 +20,8 @@ Notify: TypeAlias = Callable[[str], object]
 TRIALS = "trials"
 """The folder of an experiment in which each trial has its own."""
 RESULT = "trial.json"
+ASKED = "asked"
+"""In that file, beside the result: what it is the result of."""
 
 
 class Kind(enum.Enum):
@@ -55,6 +58,21 @@ class Trial:
     def placed(self, experiment: Path) -> Settings:
         """Its settings with that folder."""
         return self.settings.model_copy(update={"output_dir": str(self.folder(experiment))})
+
+    def asked(self, experiment: Path) -> dict[str, Any]:
+        """What its result depends on; files of the experiment are named as seen from it, which may be moved."""
+        from lorafit.training.folder import FREE, FREE_TRAINING
+
+        settings = self.settings.model_dump(mode="json")
+        kept = {key: value for key, value in settings.items() if key not in FREE}
+        kept["training"] = {key: value for key, value in settings["training"].items() if key not in FREE_TRAINING}
+        kept |= {"kind": self.kind.value, "measured": self.measured}
+        for name in ("data", "eval_data", "measured"):
+            path = None if kept[name] is None else Path(kept[name]).absolute()
+            if path is not None and path.is_relative_to(experiment.absolute()):
+                kept[name] = path.relative_to(experiment.absolute()).as_posix()
+        found: dict[str, Any] = json.loads(json.dumps(kept))
+        return found
 
 
 @final
@@ -118,17 +136,13 @@ class Result:
     failed: str | None
     extra_steps: int = 0
 
-    def write(self, folder: Path) -> None:
-        """Puts it into the trial's folder, whole or not at all."""
-        files.write_text(folder / RESULT, json.dumps(asdict(self), allow_nan=False))
-
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Result:
-        """As `write` wrote it."""
+        """As `keep` wrote it."""
         measured = found["measured"]
         return cls(
             **{
-                **found,
+                **{key: value for key, value in found.items() if key != ASKED},
                 "curve": tuple((step, loss) for step, loss in found["curve"]),
                 "measured": None
                 if measured is None
@@ -141,17 +155,35 @@ class Result:
         )
 
 
+def keep(trial: Trial, experiment: Path, result: Result) -> None:
+    """Puts a result into the trial's folder, whole or not at all, once what is to be forgotten is gone."""
+    folder = trial.folder(experiment)
+    if trial.forget:  # before the result is there: a trial that has one is never looked at again
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        if trial.kind is Kind.FULL:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+    told = asdict(result) | {ASKED: trial.asked(experiment)}
+    files.write_text(folder / RESULT, json.dumps(told, allow_nan=False))
+
+
 def finished(trial: Trial, experiment: Path) -> Result | None:
     """The result of a trial that is done; None for one that is not.
 
     Raises:
         CheckpointError: its file is damaged.
+        ConfigError: it is that of other settings.
     """
     path = trial.folder(experiment) / RESULT
     if not path.is_file():
         return None
     try:
-        return Result.of(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        result = Result.of(found)
+        _check_asked(found.get(ASKED), trial, experiment)
+        return result
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             "the result of a trial is damaged",
@@ -160,6 +192,24 @@ def finished(trial: Trial, experiment: Path) -> Result | None:
             expected="the JSON that the trial wrote",
             fix=f"remove {path.parent}: the same command runs this trial again",
         ) from None
+
+
+def _check_asked(before: Mapping[str, Any] | None, trial: Trial, experiment: Path) -> None:
+    now = trial.asked(experiment)
+    # Files of before results told of their settings have none; a setting that is new has none in older ones.
+    different = [
+        f"{key} was {before[key]!r} and is {value!r}"
+        for key, value in now.items()
+        if before is not None and key in before and before[key] != value
+    ]
+    if different:
+        raise ConfigError(
+            f"the trial {trial.name} was done with other settings",
+            where=trial.folder(experiment),
+            found=some(different, 4),
+            expected="the same settings, to read its result",
+            fix="choose another output_dir, or remove this folder: the trial is then run again",
+        )
 
 
 def run_trial(trial: Trial, folder: Path, notify: Notify) -> Result:

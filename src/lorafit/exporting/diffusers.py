@@ -66,16 +66,39 @@ def opened(adapter: Path, folder: Path) -> Plain:
     """
     plain = read_pairs(store.read(adapter))
     if plain is None:
-        plain = read_pairs(store.read(convert(adapter, output=folder / "plain")))
+        plain = read_pairs(store.read(_converted(adapter, folder / "plain")))
         assert plain is not None
-    if plain.rest:
+    if plain.replaced:
         raise CheckpointError(
-            "diffusers takes no modules that are replaced in full (modules_to_save)", found=some(sorted(plain.rest), 3)
+            "diffusers takes no modules that are replaced in full (modules_to_save)",
+            where=adapter / store.WEIGHTS,
+            found=some(sorted(plain.replaced), 3),
+            expected="A and B alone",
+            fix="train without modules_to_save, or merge the adapter into the pipeline's part in Python",
         )
     odd = [path for path, pair in plain.pairs.items() if pair.keys == EMBEDDING]
     if odd:
-        raise CheckpointError("diffusers has no keys for adapted embeddings", found=some(odd, 3))
+        raise CheckpointError(
+            "diffusers has no keys for adapted embeddings",
+            where=adapter / store.WEIGHTS,
+            found=some(odd, 3),
+            expected="linear layers and convolutions",
+            fix="merge the adapter into the pipeline's part in Python (lorafit.load, then merge_and_detach)",
+        )
     return plain
+
+
+def _converted(adapter: Path, output: Path) -> Path:
+    try:
+        return convert(adapter, output=output)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.message,
+            found=error.found,
+            expected=error.expected,
+            where=error.where,
+            fix="in Python: lorafit.convert(path, model=model, r=16) with the pipeline's part; export that",
+        ) from error
 
 
 def write(plain: Plain, folder: Path, *, component: str, dtype: str) -> None:

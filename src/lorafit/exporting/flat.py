@@ -124,7 +124,7 @@ def compared(flat: Flat, other: Callable[[str], Tensor], dtype: str) -> Checked:
 
 def refuse_copies(flat: Flat, who: str) -> None:
     """Raises `CheckpointError` where an adapter brings modules trained in full."""
-    copies = flat.plain.rest
+    copies = flat.plain.replaced
     if copies:
         raise CheckpointError(
             f"{who} takes no modules that are replaced in full (modules_to_save)",

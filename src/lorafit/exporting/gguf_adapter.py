@@ -44,6 +44,15 @@ def write(own: Flat, folder: Path, *, config: Any, dtype: str, name: str) -> int
     odd = [path for path, pair in own.plain.pairs.items() if pair.kernel]
     if odd:
         raise CheckpointError("a GGUF adapter takes no convolutions", found=some(odd))
+    if names.tied and any(pair.keys == EMBEDDING for pair in own.plain.pairs.values()):
+        raise CheckpointError(
+            "a GGUF adapter cannot change an embedding to which the output is tied: llama.cpp has one tensor for both, "
+            "and would apply A and B to the output, too",
+            where="config.json: tie_word_embeddings",
+            found=some([path for path, pair in own.plain.pairs.items() if pair.keys == EMBEDDING]),
+            expected="linear layers of the model's blocks",
+            fix="--to hf --untie, and then llama.cpp's own convert_hf_to_gguf.py; or --merged --untie",
+        )
     alpha = max(pair.down.shape[0] for pair in own.plain.pairs.values())
     with writing(folder / FILE, names.kind.arch) as writer:
         writer.add_type("adapter")

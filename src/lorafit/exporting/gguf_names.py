@@ -103,7 +103,7 @@ class Names:
                 where=key,
                 found=tied,
                 expected="the layers of the model's blocks, its embedding, or an output of its own",
-                fix="--to hf merges the adapter into its base",
+                fix=f"--to hf{' --untie' if found else ''} merges the adapter into its base",
             )
         return str(found)
 

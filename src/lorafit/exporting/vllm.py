@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import shlex
 import warnings
 from pathlib import Path
@@ -125,9 +126,10 @@ def serve_line(base: str, name: str, folder: Path, rank: int) -> str:
     >>> serve_line("org/base", "mine", Path("out dir"), 16)
     "vllm serve org/base --enable-lora --lora-modules 'mine=out dir' --max-lora-rank 16"
     """
-    return shlex.join(
-        ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={folder}", "--max-lora-rank", str(rank)]
-    )
+    module = f"{name}={folder}"
+    if module.count("=") > 1 or "," in module:  # such words vLLM takes as JSON alone
+        module = json.dumps({"name": name, "path": str(folder)}, ensure_ascii=False)
+    return shlex.join(["vllm", "serve", base, "--enable-lora", "--lora-modules", module, "--max-lora-rank", str(rank)])
 
 
 def _refuse_layers(own: Flat) -> None:

@@ -184,7 +184,7 @@ def _verdict(place: Row) -> str:
 
 def _course(candidates: Sequence[Row], hues: plots.Hues, left: Sequence[str]) -> Iterable[Section]:
     if (plot := plots.rates(candidates, hues, left)) is not None:
-        note = "Rates are chosen on the validation part; the scores above are of the test part, which no choice saw."
+        note = "Rates are chosen on the validation part; the scores are of the test part, which no choice saw."
         yield Section("Learning rates", plots=[plot], note=note)
     if (plot := plots.curves(candidates, hues, left)) is not None:
         yield Section("Held-out loss in training", plots=[plot])
@@ -204,9 +204,11 @@ def _spent(comparison: Row) -> Section:
             [
                 each["name"],
                 f"{len(each['search']):,}",
-                (text.duration(searching), searching),
+                (text.duration(searching), searching) if each["search"] else (text.NONE, None),
                 f"{len(each['seeds']):,}",
-                (text.duration(_total(each) - searching), _total(each) - searching),
+                (text.duration(_total(each) - searching), _total(each) - searching)
+                if each["seeds"]
+                else (text.NONE, None),
                 text.count(last.get("steps")),
                 text.count(last.get("extra_steps") or None),
                 text.count(last.get("tokens")),
@@ -228,7 +230,9 @@ def _spent(comparison: Row) -> Section:
     )
     note = "Further steps are those that a method takes beside training, as LoRA-drop does to choose its layers."
     further = any(one.get("extra_steps") for each in comparison["candidates"] for one in each["seeds"])
-    return Section("What was spent", told + (table(head, rows) if rows else ""), note=note if further else "")
+    said_of_any = [at for at in range(len(head)) if any(row[at] != text.NONE for row in rows)]
+    shown = table([head[at] for at in said_of_any], [[row[at] for at in said_of_any] for row in rows]) if rows else ""
+    return Section("What was spent", told + shown, note=note if further else "")
 
 
 def _options(candidates: Sequence[Row]) -> Section:

@@ -307,7 +307,8 @@ def _course(
     near = {name: found for name, found in known.items() if name not in left} or known
     within, above = upto([best([y for _, y in line]) for found in near.values() for line in found], values)
     figure.update_layout(hovermode="closest")
-    figure.update_yaxes(**({} if within is None else {"range": within}), tickformat="~g")
+    title = {"text": "loss", "standoff": 6, "font": {"size": 12}}
+    figure.update_yaxes(**({} if within is None else {"range": within}), tickformat="~g", title=title)
     if not above:
         return figure, []
     return figure, [f"{above:,} of {len(values):,} points lie above what is drawn, up to {text.loss(max(values))}."]

@@ -105,15 +105,22 @@ def _tiles(dimension: Row) -> list[tuple[str, str]]:
     low, high = dimension["interval"] or (None, None)
     ends = f"{text.NONE if low is None else short(low)} to {text.NONE if high is None else short(high)}"
     tiles = [
-        (f"d90 ({dimension['kind'].upper()})", text.count(dimension["d90"])),
+        (f"d90 ({dimension['kind'].upper()})", _found(dimension)),
         ("95 % interval", ends if dimension["interval"] else text.NONE),
         (f"{word} untrained", _score(dimension, dimension["base"])),
         (f"{word} at {_share(dimension)}", _score(dimension, dimension["threshold"])),
-        (f"{word} of the whole", _score(dimension, dimension["full"])),
+        (f"{word} of {_against(dimension)}", _score(dimension, dimension["full"])),
     ]
     if (seconds := dimension.get("seconds")) is not None:
         tiles.append(("time spent", text.duration(seconds)))
     return tiles
+
+
+def _found(dimension: Row) -> str:
+    if dimension["d90"] is not None:
+        return text.count(dimension["d90"])
+    above, below = dimension.get("above"), dimension.get("below")
+    return f"≤ {above:,}" if above is not None else f"> {below:,}" if below is not None else text.NONE
 
 
 def _list(told: Sequence[str]) -> str:
@@ -160,7 +167,7 @@ def curve(dimension: Row) -> Plot | None:
         range=padded([*known, *seeds, *(each["score"] for each in points)], 0.08),
         title={"text": dimension["metric"], "standoff": 6},
         title_font_size=12,
-        tickformat=".0%" if dimension["metric"] == "accuracy" else "~g",
+        tickformat=".1~%" if dimension["metric"] == "accuracy" else "~g",
     )
     notes = [f"Dashed: the score at {_share(dimension)}, which d90 has to reach. The axis of d is logarithmic."]
     if dimension["interval"]:

@@ -24,7 +24,19 @@ from lorafit.report.figures import TALL, Plot, as_json, plotly_script
 from lorafit.report.palette import DARK, LIGHT, exchange
 from lorafit.report.text import escape
 
-__all__ = ["Cell", "Document", "Key", "Section", "frame", "page", "render_document", "table", "write", "write_document"]
+__all__ = [
+    "Cell",
+    "Document",
+    "Key",
+    "Section",
+    "check_place",
+    "frame",
+    "page",
+    "render_document",
+    "table",
+    "write",
+    "write_document",
+]
 
 LOW: Final = 300
 """Figures up to so many pixels high stand beside each other where there is room."""
@@ -97,16 +109,21 @@ def write_document(document: Document, path: Path | str) -> Path:
         MissingExtraError: plotly is not installed.
         ConfigError: it cannot be written there, or would replace what it was drawn from.
     """
+    check_place(path, document.source)
+    return write(render_document(document), Path(path), "page")
+
+
+def check_place(path: Path | str, source: Path | str, name: str = "page") -> None:
+    """Raises `ConfigError` for a path that no page can have: a folder, or the file that it is drawn from."""
     path = Path(path)
-    if path.is_dir() or path.absolute() == Path(document.source).absolute():
+    if path.is_dir() or path.absolute() == Path(source).absolute():
         raise ConfigError(
-            "the page cannot be written over this path",
+            f"the {name} cannot be written over this path",
             where=path,
             found="a folder" if path.is_dir() else "the file that it is drawn from",
             expected="the path of an HTML file",
             fix=f"give {path / 'report.html' if path.is_dir() else path.with_suffix('.html')}",
         )
-    return write(render_document(document), path, "page")
 
 
 def lead(words: str) -> str:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lorafit.report import tables
+from lorafit.report.anatomy import SYMBOLS
 from lorafit.report.document import Document, Section, table, write_document
+from lorafit.report.figures import SMALL, TALL, Plot, blank
+from lorafit.report.palette import LIGHT
+from lorafit.report.scales import padded
 from lorafit.report.text import escape
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 Row = Mapping[str, Any]
 SHOWN = 20
+MARKS = 8
+"""So many symbols the style sheet knows."""
 
 
 def write_few_labels(found: Row, path: Path | str, *, source: str) -> Path:
@@ -44,18 +54,18 @@ def document(found: Row, source: str) -> Document:
         ("Kept", verdict["kept"] or "nothing"),
     ]
     sections = [
-        _difference(verdict),
+        _difference(verdict, found["seeds"]),
         _runs(found["seeds"]),
         _labels(found["seeds"]),
         *_classes(found["seeds"]),
-        _calibrations(found["seeds"]),
+        _calibrations(found["seeds"], wanted["confidence"]),
         *_warnings(found["warnings"]),
         _settings(found),
     ]
     return Document("Few labels", lead, facts, [one for one in sections if one is not None], source)
 
 
-def _difference(verdict: Row) -> Section | None:
+def _difference(verdict: Row, seeds: Sequence[Row]) -> Section | None:
     if not verdict["metrics"]:
         return None
     rows = [
@@ -78,7 +88,54 @@ def _difference(verdict: Row) -> Section | None:
         f"{tokens[1]:,.0f} with pseudo-labels. The interval is that of the paired differences, over records and seeds. "
         f"{verdict['kept_sentence'].capitalize()}: {verdict['adapter']}"
     )
-    return Section("Did pseudo-labels help?", table(header, rows), note=note)
+    plot = _paired(seeds, verdict["metrics"][0]["metric"])
+    return Section("Did pseudo-labels help?", table(header, rows), [plot], note=note)
+
+
+def _paired(seeds: Sequence[Row], metric: str) -> Plot:
+    """The runs of each seed, joined."""
+    figure = blank(SMALL + 60)
+    places = ["supervised", *(f"round {number + 1}" for number in range(max(len(seed["rounds"]) for seed in seeds)))]
+    known: list[float] = []
+    spoken = []
+    for at, seed in enumerate(seeds):
+        results = [seed["supervised"], *(one["result"] for one in seed["rounds"])]
+        scores = [_score(result, metric) for result in results]
+        if not (finite := [score for score in scores if score is not None]):
+            continue
+        known += finite
+        spoken.append(f"seed {seed['seed']}: {' → '.join(_number(metric, score) for score in finite)}")
+        _line(
+            figure, at, f"seed {seed['seed']}", places[: len(scores)], scores, ".1%" if metric == "accuracy" else ".4f"
+        )
+    figure.update_layout(hovermode="closest")
+    figure.update_xaxes(type="category", range=[-0.25, len(places) - 0.75], showgrid=False)
+    figure.update_yaxes(range=padded(known, 0.12), tickformat=".1~%" if metric == "accuracy" else "~g")
+    note = "A line is one seed: both runs start from the same first values."
+    return Plot("paired", f"{metric.capitalize()} on the test part", "; ".join(spoken) + ".", (note,), figure)
+
+
+def _line(figure: Figure, at: int, name: str, x: Sequence[Any], y: Sequence[Any], form: str) -> None:
+    hue, mark = at % len(LIGHT.hues), (at + at // len(LIGHT.hues)) % MARKS
+    figure.add_scatter(
+        x=list(x),
+        y=list(y),
+        name=name,
+        meta=f"hue-{hue} mark-{mark}",
+        mode="lines+markers",
+        cliponaxis=False,
+        line={"color": LIGHT.hues[hue], "width": 1.8},
+        marker={"color": LIGHT.hues[hue], "size": 8, "symbol": SYMBOLS[mark]},
+        hovertemplate=f"{name}, %{{x}}: %{{y:{form}}}<extra></extra>",
+    )
+
+
+def _score(result: Row, metric: str) -> float | None:
+    if result["failed"] is not None:
+        return None
+    if metric == "accuracy":
+        return float(sum(result["correct"]) / len(result["correct"]))
+    return float(sum(result["losses"]) / sum(result["counts"]))
 
 
 def _runs(seeds: Sequence[Row]) -> Section:
@@ -87,15 +144,14 @@ def _runs(seeds: Sequence[Row]) -> Section:
         runs = [("supervised", seed["supervised"])]
         runs += [(f"pseudo-labels, round {one['round']}", one["result"]) for one in seed["rounds"]]
         for name, result in runs:
-            failed = result["failed"] is not None
-            loss = None if failed else sum(result["losses"]) / sum(result["counts"])
-            right = result["correct"]
+            loss = _score(result, "loss")
+            right = None if loss is None or result["correct"] is None else _score(result, "accuracy")
             rows.append(
                 (
                     f"{seed['seed']}",
                     name,
-                    result["failed"] if failed or loss is None else f"{loss:.4f}",
-                    "" if failed or right is None else f"{sum(right) / len(right):.1%}",
+                    result["failed"] if loss is None else f"{loss:.4f}",
+                    "" if right is None else f"{right:.1%}",
                     "" if result["validation"] is None else f"{result['validation']:.4f}",
                     f"{result['steps']:,}",
                     f"{result['tokens']:,}",
@@ -139,7 +195,7 @@ def _classes(seeds: Sequence[Row]) -> list[Section]:
     return [Section("Classes", table(header, rows), note=note)]
 
 
-def _calibrations(seeds: Sequence[Row]) -> Section:
+def _calibrations(seeds: Sequence[Row], asked: float) -> Section:
     rows = []
     for seed in seeds:
         for one in seed["rounds"]:
@@ -172,7 +228,48 @@ def _calibrations(seeds: Sequence[Row]) -> Section:
         "On the validation part. The error is the expected calibration error over ten bins: 0 where confidences are "
         "the shares of right answers. A temperature above 1 says that the model was too sure."
     )
-    return Section("What confidences are worth", table(header, rows), note=note)
+    return Section("What confidences are worth", table(header, rows), _reliability(seeds, asked), note=note)
+
+
+def _reliability(seeds: Sequence[Row], asked: float) -> list[Plot]:
+    """The share of right answers by confidence, of the last round."""
+    figure = blank(TALL)
+    spoken = []
+    figure.add_shape(
+        type="line", x0=0, y0=0, x1=1, y1=1, layer="below", line={"color": LIGHT.muted, "width": 1.2, "dash": "dash"}
+    )
+    figure.add_shape(
+        type="line", yref="paper", x0=asked, x1=asked, y0=0, y1=1, layer="below",
+        line={"color": LIGHT.held, "width": 1.5},
+    )  # fmt: skip
+    for at, seed in enumerate(seeds):
+        if not seed["rounds"]:
+            continue
+        bins = seed["rounds"][-1]["calibration"]["bins"]
+        name = f"seed {seed['seed']}"
+        _line(figure, at, name, [one["confidence"] for one in bins], [one["right"] for one in bins], ".0%")
+        figure.data[-1].update(
+            customdata=[one["records"] for one in bins],
+            hovertemplate=f"{name}, confidence %{{x:.2f}}: %{{y:.0%}} of %{{customdata}} right<extra></extra>",
+        )
+        told = ", ".join(f"{one['confidence']:.2f}: {one['right']:.0%} of {one['records']}" for one in bins)
+        spoken.append(f"{name}: {told}")
+    if not spoken:
+        return []
+    lowest = min(min(line.x) for line in figure.data)
+    figure.update_layout(hovermode="closest")
+    figure.update_xaxes(range=[max(0.0, lowest - 0.06), 1.02], title={"text": "confidence", "standoff": 6})
+    figure.update_xaxes(title_font_size=12, tickformat="~g")
+    figure.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
+    notes = (
+        "Dashed: confidences that are the shares of right answers; below it the model is too sure. "
+        f"Upright: the confidence asked for, {asked:g}.",
+    )
+    return [
+        Plot(
+            "reliability", "Right answers by confidence, on the validation part", "; ".join(spoken) + ".", notes, figure
+        )
+    ]
 
 
 def _warnings(said: Sequence[str]) -> list[Section]:
@@ -182,11 +279,8 @@ def _warnings(said: Sequence[str]) -> list[Section]:
 
 def _settings(found: Row) -> Section:
     given = {**found["settings"], **found["wanted"]}
-    rows = [
-        (name, f"{value}") for name, value in given.items() if value not in (None, [], {}, "") and name != "training"
-    ]
-    rows += [(name, f"{value}") for name, value in found["settings"]["training"].items()]
-    return Section("Settings", table(("setting", "value"), rows, sortable=False), note=found["command"])
+    told = f"<details><summary>{len(given)} values</summary>{tables.facts(given)}</details>"
+    return Section("Settings", told, note=found["command"])
 
 
 def _number(metric: str, value: float, sign: str = "") -> str:

@@ -57,6 +57,8 @@ def _lead(found: Mapping[str, Any]) -> str:
     else:
         size = found["median_relative"]
         share = "" if size is None else f", typically by {text.percent(size)} of the size of a layer's weights"
+        if share and any(site["rescaled"] for site in found["sites"].values()):
+            share += " before the rows of the weights get their lengths"
         sentences.append(f"It learnt something: {count - dead:,} of {count:,} are changed{share}.")
     if found["logits"] is not None:
         effect, largest = found["logits"]["effect"], found["logits"]["largest"]

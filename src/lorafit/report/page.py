@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lorafit.errors import ConfigError
 from lorafit.report import anatomy, dataset, document, head, importance, ranks, slices, tables
 from lorafit.report.document import frame
 from lorafit.report.figures import Plot, draw
@@ -33,16 +32,8 @@ def write_report(records_path: Path | str, html_path: Path | str) -> Path:
         MissingExtraError: plotly is not installed.
         ConfigError: the report cannot be written there.
     """
-    html_path = Path(html_path)
-    if html_path.is_dir() or html_path.absolute() == Path(records_path).absolute():
-        raise ConfigError(
-            "the report cannot be written over this path",
-            where=html_path,
-            found="a folder" if html_path.is_dir() else "the records file itself",
-            expected="the path of an HTML file",
-            fix=f"give {html_path / 'report.html' if html_path.is_dir() else html_path.with_suffix('.html')}",
-        )
-    return document.write(render(read_records(records_path)), html_path)
+    document.check_place(html_path, records_path, "report")
+    return document.write(render(read_records(records_path)), Path(html_path))
 
 
 def render(run: Run) -> str:

@@ -97,6 +97,8 @@ class Settings(BaseModel):
         method: a name of `lorafit.METHODS`.
         method_options: the fields of the method: r, alpha, dropout, …
         targets, exclude, rank_pattern, alpha_pattern, modules_to_save: as for `lorafit.attach`.
+        full_learning_rate: that of modules trained in full, such as a new head; None is LoRA's for the model's width,
+            or `learning_rate` where that is given.
         output_dir: where the run lives; the same command goes on there.
         seed: of the split, the initial values, the order of the data and dropout.
         dtype: of the base model; "auto" is bfloat16 where the hardware has it, else float32. Adapters are float32.
@@ -136,6 +138,7 @@ class Settings(BaseModel):
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] = Field(default_factory=list)
+    full_learning_rate: float | None = Field(default=None, gt=0)
     output_dir: str = ""
     seed: int = Field(default=42, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

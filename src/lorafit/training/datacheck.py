@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
+from lorafit.errors import LorafitError
 from lorafit.training.config import Settings
 from lorafit.training.data import Data, Examples, LabelledData, load_examples
 from lorafit.training.datacheck_findings import Findings
@@ -26,7 +28,9 @@ from lorafit.training.datacheck_texts import check_near, check_texts
 from lorafit.training.datacheck_tokens import check_tokens, encode_and_note
 from lorafit.training.leakage import can_compare_nearly, near
 from lorafit.training.models import load_tokenizer, locate
-from lorafit.training.prepare import data_settings
+from lorafit.training.prepare import data_settings, training_arguments
+from lorafit.training.trainer import records_in_all
+from lorafit.training.watching import EMBEDDED, NONE, gather
 
 NO_NEAR = "near repetitions and near leaks are not looked for: pip install 'lorafit[check]'"
 
@@ -63,6 +67,7 @@ class Inspected:
         near: what there is to say of the near comparison: how many records, or that it was not made.
         compared: how many training records were compared nearly; None where that was not possible.
         clock: what took how long.
+        told: of a general text of the user's and of the target.
     """
 
     read: Examples
@@ -71,6 +76,7 @@ class Inspected:
     near: str
     compared: int | None
     clock: Clock
+    told: tuple[str, ...] = ()
 
 
 def inspect(settings: Settings, given: Given, findings: Findings, notify: Callable[[str], object]) -> Inspected:
@@ -101,6 +107,7 @@ def inspect(settings: Settings, given: Given, findings: Findings, notify: Callab
     with clock.over("model"):
         check_positions(settings, given, room, made, findings)
         check_adapter(settings, given, located, made, tokenizer.pad_token_id, findings)
+    told = _watched(settings, tokenizer, read, made, findings)
     said, compared = NO_NEAR, None
     if can_compare_nearly():
         with clock.over("near repetitions"):
@@ -108,4 +115,18 @@ def inspect(settings: Settings, given: Given, findings: Findings, notify: Callab
             check_near(read, found, findings)
         compared = found.compared
         said = f"{compared:,} of {len(read.train):,} training records compared by MinHash"
-    return Inspected(read, made, tokenizer, said, compared, clock)
+    return Inspected(read, made, tokenizer, said, compared, clock, told)
+
+
+def _watched(
+    settings: Settings, tokenizer: Any, read: Examples, made: Data | LabelledData, findings: Findings
+) -> tuple[str, ...]:
+    """What is said of the files that a run measures beside its data; what is wrong with them is noted."""
+    if settings.target is None and settings.general in (EMBEDDED, NONE):
+        return ()
+    arguments = training_arguments(settings, Path("unused"))
+    try:
+        return gather(settings, tokenizer, read, made, records_in_all(arguments, len(made.train))).told
+    except LorafitError as error:
+        findings.raised(error, "watched")
+        return ()

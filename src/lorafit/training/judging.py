@@ -6,7 +6,7 @@ import json
 import shutil
 from typing import Any, final
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 
 from lorafit import files
 from lorafit.handle import Handle
@@ -72,6 +72,12 @@ class Judging(TrainerCallback):
         self._recorder.write(EVENT, step=found.step, losses=list(found.losses), counts=list(found.counts))
         return True
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluates the step that a run goes on from, if that was due there and the stop came first."""
+        there = 0 < state.global_step < state.max_steps and self._trainer.eval_dataset is not None
+        if there and _due(args, state) and all(one.step != state.global_step for one in self.evaluations):
+            self._trainer.evaluate()
+
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if not self.add():
             return control
@@ -115,3 +121,12 @@ class Judging(TrainerCallback):
     def remove(self) -> None:
         """Takes the folder of the best adapter away, once the run has written its own."""
         shutil.rmtree(self._best, ignore_errors=True)
+
+
+def _due(args: Any, state: TrainerState) -> bool:
+    """Whether an evaluation follows the step that a run stands at, by the trainer's own rule."""
+    asked, flow = TrainerControl(), DefaultFlowCallback()
+    flow.on_step_end(args, state, asked)
+    if float(state.epoch or 0).is_integer():
+        flow.on_epoch_end(args, state, asked)
+    return bool(asked.should_evaluate)

@@ -36,12 +36,15 @@ import torch
 
 from lorafit.training.config import Settings
 from lorafit.training.data import Data, LabelledData, load_examples
+from lorafit.training.measuring import batches as within
 from lorafit.training.models import Located, choose_dtype, load_tokenizer, locate
 from lorafit.training.planning_child import ENDED, PACKED, TOKENS, Measured, measure
 from lorafit.training.planning_machine import CONTEXT, Limit, Rates, limit_of, rates, resident
 from lorafit.training.planning_model import Price, Sizes, Skeleton, skeleton
 from lorafit.training.planning_run import MOST, Course, batches, course, limited
 from lorafit.training.prepare import data_settings, encode, training_arguments
+from lorafit.training.trainer import records_in_all
+from lorafit.training.watching import gather
 
 Notify = Callable[[str], object]
 
@@ -62,19 +65,20 @@ class Part:
 @final
 @dataclass(frozen=True)
 class Times:
-    """Seconds: of a step on average, of the longest batch, of all steps, of evaluations, answers, start; of it all."""
+    """Seconds: of a step on average, of the longest batch, of all steps; of what else a run does; of it all."""
 
     step: float
     longest: float
     training: float
     evaluation: float
     answers: float
+    watched: float
     rest: float
 
     @property
     def total(self) -> float:
         """The whole run."""
-        return self.training + self.evaluation + self.answers + self.rest
+        return self.training + self.evaluation + self.answers + self.watched + self.rest
 
 
 @final
@@ -85,6 +89,7 @@ class Formula:
     Attributes:
         sizes: what is held all the time.
         step, look: the longest batch in training, the largest held-out one (None without).
+        watch: the largest batch of general text and target (None without).
         process: bytes of the process itself.
         activations: bytes of what a batch takes, fragmentation included.
     """
@@ -92,6 +97,7 @@ class Formula:
     sizes: Sizes
     step: Price
     look: Price | None
+    watch: Price | None
     process: int
     activations: int
 
@@ -122,6 +128,7 @@ class Forecast:
         not_measured: why not, where that was asked for.
         measured_times: from those.
         layout: how batches are laid out, in a sentence.
+        watching: the names of the general text and of the target.
     """
 
     settings: Settings
@@ -134,6 +141,7 @@ class Forecast:
     not_measured: str
     measured_times: Times | None
     layout: str
+    watching: str
 
     @property
     def peak(self) -> int:
@@ -182,8 +190,11 @@ class Planner:
         self.arguments = training_arguments(settings, Path("unused"))
         self.located: Located = locate(settings.model, notify)
         self.tokenizer = load_tokenizer(self.located)
-        self.data: Data | LabelledData = encode(settings, self.tokenizer, load_examples(data_settings(settings)))
-        for sentence in self.data.announcements:
+        loaded = load_examples(data_settings(settings))
+        self.data: Data | LabelledData = encode(settings, self.tokenizer, loaded)
+        records = records_in_all(self.arguments, len(self.data.train))
+        self.watched = gather(settings, self.tokenizer, loaded, self.data, records)
+        for sentence in (*self.data.announcements, *self.watched.told):
             notify(sentence)
         self.device: torch.device = self.arguments.device
         self.process = CONTEXT
@@ -200,9 +211,12 @@ class Planner:
         longest, held = longest_batches(built, settings, data)
         step = built.step(longest)
         look = built.look(held) if held else None
-        activations = max(step.peak, 0 if look is None else look.peak)
+        size = built.arguments.eval_batch_size
+        watched = [batch for part in self.watched.parts() for batch in within(part.records, size)]
+        watch = built.look(max(watched, key=built.places)) if watched else None
+        activations = max(each.peak for each in (step, look, watch) if each is not None)
         taken = int(activations * FRAGMENTATION.get(self.device.type, 1.0))
-        return Formula(built.sizes, step, look, self.process, taken)
+        return Formula(built.sizes, step, look, watch, self.process, taken)
 
     def forecast(self, *, dry: bool, limit: int | None, notify: Notify) -> Forecast:
         """Plans the run.
@@ -245,11 +259,13 @@ class Planner:
             not_measured=reason,
             measured_times=None if measured is None else clock.scaled(self.settings, measured, self.data),
             layout=told,
+            watching=" and ".join(part.name for part in self.watched.parts()),
         )
 
     def _course(self, built: Skeleton) -> Course:
         samples = 0 if isinstance(self.data, LabelledData) else len(self.data.samples)
-        return course(self.settings, built.arguments, self.data.train, self.data.eval, samples, built.places)
+        watched = [part.records for part in self.watched.parts()]
+        return course(self.settings, built.arguments, self.data.train, self.data.eval, samples, built.places, watched)
 
     def _rates(self, built: Skeleton) -> Rates:
         dtype = choose_dtype(self.settings.dtype, self.device)
@@ -280,6 +296,7 @@ class _Clock:
         self.way = way
         self._longest = formula.step
         self._look = formula.look
+        self._watch = formula.watch
         self._median = built.step(way.median)
 
     def step(self, tokens: float) -> float:
@@ -298,6 +315,10 @@ class _Clock:
         parts = [records[start : start + size] for start in range(0, len(records), size)]
         places = sum(map(self._built.places, parts))
         return self._look.seconds(self._machine) * places / self._look.tokens
+
+    def watched(self, tokens: int) -> float:
+        """Of so many places of general text and target."""
+        return 0.0 if self._watch is None else self._watch.seconds(self._machine) * tokens / self._watch.tokens
 
     def answers(self, tokens: int) -> float:
         """Of one round of answers: the prompts go in at once, then the weights are read for each token."""
@@ -321,6 +342,7 @@ class _Clock:
             each * way.micro_batches,
             self.evaluation(way.held) * way.evaluations,
             2 * self.answers(settings.max_new_tokens),
+            2 * self.watched(sum(map(self._built.places, way.watched))),
             0.0,
         )
 
@@ -338,12 +360,14 @@ class _Clock:
         expected = self.evaluation(looked)
         evaluation = formula.evaluation * (measured.evaluation or 0.0) / expected if expected else 0.0
         short = self.answers(min(settings.max_new_tokens, TOKENS))
+        text = self.watched(measured.watched_tokens)
         return Times(
             formula.step * factor,
             formula.longest * factor,
             formula.training * factor,
             evaluation,
             formula.answers * measured.answers / short if short else 0.0,
+            formula.watched * (measured.watched / text if text else factor),
             measured.rest,
         )
 

@@ -52,6 +52,7 @@ class Measured:
         answers: seconds of the answers before training, of `TOKENS` tokens.
         rest: seconds of everything else: start, data, model, files.
         layout: how the run laid its batches out, in a sentence; empty where nothing was to be decided.
+        watched: seconds that the general text took before training, of `watched_tokens` tokens.
     """
 
     peak: int
@@ -61,6 +62,8 @@ class Measured:
     answers: float
     rest: float
     layout: str = ""
+    watched: float = 0.0
+    watched_tokens: int = 0
 
 
 def measure(settings: Settings) -> Measured | str:
@@ -76,6 +79,7 @@ def measure(settings: Settings) -> Measured | str:
             update={
                 "output_dir": str(Path(folder) / "run"),
                 "eval_limit": limit,
+                "target": None,  # by the formula, as it may be long
                 "max_new_tokens": min(TOKENS, settings.max_new_tokens),
                 "training": {**settings.training, **SHORT},
             }
@@ -113,12 +117,14 @@ def _read(path: Path, gpu: int | None, limit: int, layout: str) -> Measured:
     looks = [one for one in records if one["event"] == "evaluation"]
     before = [one for one in records if one["event"] == "sample" and one["phase"] == "before"]
     end = records[-1]
-    # The first answers follow the first evaluation, or the facts of the data.
+    text = next((one for one in records if one["event"] == "watched"), None)
+    # The general text follows the first evaluation, or the facts of the data; the first answers follow that.
     since = max(one["elapsed"] for one in records if one["event"] in ("data", "evaluation") and one not in looks[1:])
-    answers = before[0]["elapsed"] - since if before else 0.0
+    watched = 0.0 if text is None else text["elapsed"] - since
+    answers = before[0]["elapsed"] - since - watched if before else 0.0
     looked = sum(one["seconds"] for one in looks)
     peak = gpu or end["peak_rss_bytes"] or 0
-    rest = max(0.0, end["seconds"] - end["train_seconds"] - looked - 2 * answers)
+    rest = max(0.0, end["seconds"] - end["train_seconds"] - looked - 2 * (watched + answers))
     return Measured(
         peak,
         tuple(one["seconds"] for one in steps),
@@ -127,6 +133,8 @@ def _read(path: Path, gpu: int | None, limit: int, layout: str) -> Measured:
         answers,
         rest,
         layout,
+        watched,
+        0 if text is None else int(sum(text["counts"])) + len(text["counts"]),
     )
 
 

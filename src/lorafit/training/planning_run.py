@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.config import Settings
+from lorafit.training.measuring import batches as within
 from lorafit.training.trainer import planned_steps, steps_per_epoch
 
 MOST = 400
@@ -32,6 +33,7 @@ class Course:
         held: held-out records that each evaluation goes through.
         evaluations: how often.
         samples: questions answered before and after.
+        watched: batches of the general text and of the target, measured before and after.
     """
 
     steps: int
@@ -42,6 +44,7 @@ class Course:
     held: list[Any]
     evaluations: int
     samples: int
+    watched: list[list[Any]]
 
 
 def course(
@@ -51,6 +54,7 @@ def course(
     held: Sequence[Any],
     samples: int,
     width: Callable[[Sequence[Any]], int],
+    watched: Sequence[Sequence[Any]] = (),
 ) -> Course:
     """What a run of these settings on these records will do; `width` gives the places of a batch."""
     steps = planned_steps(arguments, len(train))
@@ -71,6 +75,7 @@ def course(
         held=list(held),
         evaluations=_evaluations(arguments, steps, len(train)) if held else 0,
         samples=samples,
+        watched=[batch for part in watched for batch in within(part, arguments.eval_batch_size)],
     )
 
 

@@ -35,6 +35,7 @@ from lorafit.training.packing_trial import Decision, decide
 from lorafit.training.quantised import check_quantise, load_base, quantise_loaded
 from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Sample
+from lorafit.training.trainer import records_in_all
 from lorafit.training.watching import Watched, gather
 
 Notify = Callable[[str], object]
@@ -143,7 +144,7 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
     data = encode(settings, tokenizer, loaded)
     for sentence in data.announcements:
         notify(sentence)
-    watched = gather(settings, tokenizer, loaded, data)
+    watched = gather(settings, tokenizer, loaded, data, records_in_all(arguments, len(data.train)))
     for sentence in watched.told:
         notify(sentence)
     dtype = choose_dtype(settings.dtype, arguments.device)

@@ -93,7 +93,7 @@ class _Run:
         self.folder = open_folder(settings)
         self.recorder = Recorder(self.folder.records)
         self.checkpoint: Path | None = None
-        self.copies_rate: float | None = None
+        self.copies_rate = settings.full_learning_rate
         self.prefix: Prefix = Computed()
 
     def execute(self) -> Outcome:
@@ -125,11 +125,9 @@ class _Run:
             width, times = task.model.config.get_text_config().hidden_size, method.rate([*self._sites(task).values()])
             arguments.learning_rate = default_rate(width) * times
             factor = "" if times == 1 else f" times {times:.3g} for {method.name}"
-            self.copies_rate = default_rate(width)
-            full = f" (modules trained in full: {self.copies_rate:.2g})" if task.head and times != 1 else ""
+            self.copies_rate = default_rate(width) if self.copies_rate is None else self.copies_rate
             self.notify(
-                f"learning rate {arguments.learning_rate:.2g}, from the model's width{factor}{full}; "
-                "--learning-rate sets it"
+                f"learning rate {arguments.learning_rate:.2g}, from the model's width{factor}; --learning-rate sets it"
             )
         trial = Trial(
             task,
@@ -227,9 +225,11 @@ class _Run:
     def _announce(self, task: Task, handle: Handle, trainer: AdapterTrainer) -> None:
         arguments, settings = trainer.args, self.settings
         size, steps = trainer.records_per_step(), trainer.planned_steps()
+        own = handle.copies and self.copies_rate not in (None, arguments.learning_rate)
+        full = f" (modules trained in full: {self.copies_rate:.2g})" if own else ""
         self.notify(handle.summary())
         self.notify(
-            f"{steps:,} steps of {size} records, learning rate {arguments.learning_rate:.2g}, "
+            f"{steps:,} steps of {size} records, learning rate {arguments.learning_rate:.2g}{full}, "
             f"{arguments.lr_scheduler_type.value} schedule; {task.objective.description}"
         )
         if self.checkpoint is not None:

@@ -98,6 +98,11 @@ def planned_steps(arguments: TrainingArguments, records: int) -> int:
     return steps
 
 
+def records_in_all(arguments: TrainingArguments, records: int) -> int:
+    """Records that a whole run on so many trains on, each as often as it comes up."""
+    return planned_steps(arguments, records) * records_per_step(arguments)
+
+
 def settle_warmup(arguments: TrainingArguments, records: int) -> None:
     """Takes away a warm-up that is a share of the run and comes to less than one step.
 

@@ -26,6 +26,10 @@ EMBEDDED, NONE = "embedded", "none"
 """Words that the setting `general` has beside names of files."""
 MOST = 200
 """Records of a general text, at most: they are measured twice."""
+SHARE = 0.025
+"""Tokens of the embedded text for each one trained on: measured twice, they take some 5 % as long as the steps."""
+FEWEST = 10
+"""Its paragraphs that the shortest run measures: they tell 0.03 nats per token or so, a third of what has a hint."""
 
 
 @final
@@ -53,9 +57,20 @@ class Watched:
     target: Part | None = None
     told: tuple[str, ...] = ()
 
+    def parts(self) -> list[Part]:
+        """What is watched."""
+        return [part for part in (self.general, self.target) if part is not None]
 
-def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: Data | LabelledData) -> Watched:
+
+def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: Data | LabelledData, records: int) -> Watched:
     """Reads and encodes what the settings want to have watched.
+
+    Args:
+        settings: of the run.
+        tokenizer: of its model.
+        loaded: the records, as they were read.
+        data: the same, encoded.
+        records: that the whole run trains on, each as often as it comes up.
 
     Raises:
         DataError: it cannot be read, recognised or encoded, or all of it is learnt from.
@@ -65,7 +80,11 @@ def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: Data | La
     if settings.general != NONE and isinstance(data, LabelledData):
         told.append("a classifier predicts no text, so there is no loss on a general text to tell what it forgets")
     elif settings.general != NONE:
-        general = _general(settings, tokenizer, loaded, told)
+        if settings.general == EMBEDDED:
+            trained = records * sum(map(len, data.train)) / len(data.train)
+            general = _own(settings, tokenizer, loaded, trained, told)
+        else:
+            general = _general(settings, tokenizer, loaded, told)
     if settings.target is not None:
         found = _read(settings.target, "target", settings, loaded, told)
         found = _limited(found, settings.eval_limit, "target records", told)
@@ -73,16 +92,23 @@ def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: Data | La
     return Watched(general, target, tuple(told))
 
 
+def _own(settings: Settings, tokenizer: Any, loaded: Examples, trained: float, told: list[str]) -> Part:
+    """The embedded text, or, where it would take long beside `trained` tokens of training, some of its paragraphs."""
+    source = read_records(_embedded())
+    found = _unlearnt(examples(source, recognise(source)), loaded.train, "general records", told)
+    whole = _encoded("general text", found, settings, tokenizer, [])
+    enough = round(len(found) * SHARE * trained / sum(map(len, whole.records)))
+    chosen = _limited(found, max(FEWEST, enough), "paragraphs of the general text, as the run is short", told)
+    return whole if chosen is found else _encoded(whole.name, chosen, settings, tokenizer, [])
+
+
 def _general(settings: Settings, tokenizer: Any, loaded: Examples, told: list[str]) -> Part:
-    own = settings.general == EMBEDDED
-    source = read_records(_embedded() if own else settings.general)
+    source = read_records(settings.general)
     form = recognise(source)
-    if not own:
-        told.append(f"general text: {announcement(source, form)}")
+    told.append(f"general text: {announcement(source, form)}")
     found = _unlearnt(examples(source, form), loaded.train, "general records", told)
     found = _limited(found, MOST, "general records", told)
-    name = "general text" if own else Path(settings.general).name
-    return _encoded(name, found, settings, tokenizer, [] if own else told)
+    return _encoded(Path(settings.general).name, found, settings, tokenizer, told)
 
 
 def _embedded() -> Path:
