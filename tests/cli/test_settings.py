@@ -176,7 +176,7 @@ def test_methods_inside_of_methods(name: str, options: dict[str, Any], method: A
         ({"inner": {"r": 4}}, ["method is missing", "inner: {method: lora, ...}"]),
         ({"inner": {"method": "lora", "init_r": 4}}, ["lora has no such setting", "dora: inner", "'init_r'"]),
         ({"inner": {"method": "vera", "dinit": 4}}, ["vera has no such setting", "d_init"]),
-        ({"inner": {"method": "adalor"}}, ["unknown method", "method: adalora"]),
+        ({"inner": {"method": "adalor"}}, ["unknown method", "write adalora"]),
     ],
     ids=str,
 )
@@ -227,8 +227,8 @@ def test_steps_and_fractions(tmp_path: Path, text: str, value: float) -> None:
         ({"lora_alhpa": 4}, ["write 'lora_alpha'"], []),
         ({"method": "dora", "inner": {"method": "lora", "init_r": 4}}, ["inner: init_r", "one of adalora"], []),
         ({"method": "dora", "inner": {"method": "lora", "lora_r": 4, "r": 4}}, ["under two names", "inner"], []),
-        ({"method": "lora-pluss"}, ["method: lora-plus"], []),
-        ({"method": "??"}, ["method: lora"], []),
+        ({"method": "lora-pluss"}, ["write lora-plus"], []),
+        ({"method": "??"}, ["write lora"], []),
     ],
     ids=str,
 )

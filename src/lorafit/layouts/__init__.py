@@ -114,12 +114,14 @@ def parse(config: Mapping[str, Any], where: Path) -> tuple[Layout, Parsed, Ours 
     kind = config.get("peft_type")
     layout = LAYOUTS.get(kind) if isinstance(kind, str) else None
     if layout is None:
+        near = nearest(str(kind), LAYOUTS)
         raise reader.error(
             "peft_type",
             "the adapter is of a type that this version does not read",
             kind,
             f"one of {', '.join(map(repr, LAYOUTS))}",
-            near=nearest(str(kind), LAYOUTS),
+            near=near,
+            fix=f"write {near[0]!r} if that is meant" if near else "merge it into its base where it was made",
         )
     reader.check(layout.must_be)
     own = ours.read(config)

@@ -64,7 +64,7 @@ def method_class(name: object, where: str = "method") -> type[Method]:
             found=repr(name),
             expected=f"one of {', '.join(METHODS)}",
             near=near,
-            fix=f"method: {next(iter(near), 'lora')}",
+            fix=f"write {next(iter(near), 'lora')}",
         )
     return METHODS[canonical]
 
