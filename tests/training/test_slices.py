@@ -182,6 +182,16 @@ def test_accuracies_have_intervals_where_they_can() -> None:
     assert found.gap.after == pytest.approx(-0.15) and found.gap.after_margin == pytest.approx(expected, rel=1e-3)
 
 
+def test_right_answers_can_carry_over_without_the_loss() -> None:
+    losses, wrong = noisy(0.7, 60), [1.0] * 30 + [0.0] * 30
+    changed = [one + shake for one, shake in zip(losses, noisy(0, 60, seed=4, spread=0.3), strict=True)]
+    better = reading(losses, wrong), reading(changed, [1.0] * 50 + [0.0] * 10)
+    part = "carries over in part: more answers are right, and the wrong ones are given too surely: b"
+    assert part in shifted("a", "b", None, better, None, "nats/record").sentence
+    fewer = reading(losses, [1.0] * 50 + [0.0] * 10), reading([one - 0.4 for one in losses], wrong)
+    assert "in part: fewer answers are right" in shifted("a", "b", None, fewer, None, "nats/record").sentence
+
+
 # Slices of data ----------------------------------------------------------------
 
 

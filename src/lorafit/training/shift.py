@@ -97,7 +97,7 @@ def shifted(
     shares = None
     if right[0] is not None and right[1] is not None:
         shares = _accuracies(accuracy, None if held is None else len(held[1].losses.counts), (right[0], right[1]))
-    sentence = _carried(source, target, loss, unit)
+    sentence = _carried(source, target, loss, unit, None if shares is None else shares.on_target)
     if shares is not None:
         sentence += f"; accuracy on {target} {shares.on_target.before:.1%} → {shares.on_target.after:.1%}"
         if shares.on_source is not None:
@@ -111,14 +111,18 @@ def shifted(
     return Shift(source, target, loss, shares, sentence, hints if loss.on_target.margin is not None else ())
 
 
-def _carried(source: str, target: str, loss: Compared, unit: str) -> str:
+def _carried(source: str, target: str, loss: Compared, unit: str, right: Moved | None) -> str:
     there, here = loss.on_target, loss.on_source
     moved = f"{target} {there.told()} {unit}"
     beside = ""
     if here is not None:
         share = f"{there.change / here.change:.0%} as much as on" if here.fell and there.fell else "and"
         beside = f", {share} held-out records of {source}, {here.told()}"
-    if there.fell:
+    if right is not None and right.rose and not there.fell:
+        word = "what was learnt carries over in part: more answers are right, and the wrong ones are given too surely"
+    elif right is not None and right.fell and there.fell:
+        word = "what was learnt carries over in part: fewer answers are right, and the wrong ones are less sure"
+    elif there.fell:
         word = "what was learnt carries over" if here is None or here.fell else f"better on {target}"
     elif there.rose:
         word = "what was learnt does not carry over, it does harm"
