@@ -59,11 +59,11 @@ def read(folder: Path) -> dict[str, Kept]:
 
 def text(kept: Mapping[str, Kept]) -> str:
     """The page."""
-    writers = {"comparison": _comparison, "dimension": _dimension, "few-labels": _few_labels, "run": _run}
+    writers = {"comparison": _comparison, "dimension": _dimension, "few-labels": _few_labels}
     parts = [HEAD]
     for kind, write in writers.items():
         parts += [write(name, one) for name, one in kept.items() if one["kind"] == kind]
-    parts.append(_where(kept))
+    parts += [*_runs(kept), _where(kept)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
@@ -215,11 +215,37 @@ def _few_labels(name: str, one: Kept) -> str:
     return "\n".join([_intro(_titled(name), one), table(header, rows), "", bullets, ""])
 
 
-def _run(name: str, one: Kept) -> str:
-    found = one["found"]
-    told = [each["sentence"] for each in (found.get("verdict"), *found["findings"].values()) if each]
-    bullets = "\n".join(wrapped(f"- {line}").replace("\n", "\n  ") for line in told)
-    return "\n".join([_intro(_titled(name), one), bullets, ""])
+def _runs(kept: Mapping[str, Kept]) -> list[str]:
+    """A part for each set of runs that differ in their seed alone: their names end in it."""
+    sets: dict[str, dict[str, Kept]] = {}
+    for name, one in kept.items():
+        if one["kind"] == "run":
+            title, _, seed = name.rpartition("-")
+            sets.setdefault(title, {})[seed] = one
+    return [_shifts(title, several) for title, several in sets.items()]
+
+
+def _shifts(title: str, several: Mapping[str, Kept]) -> str:
+    """Runs that were measured on another domain as well, a row for each seed."""
+    rows = []
+    for seed, one in several.items():
+        shift = one["found"]["findings"]["shift"]
+        loss, right = shift["loss"], shift["accuracy"]
+        sides = [_moved(loss[side], ".3f") for side in ("on_source", "on_target")]
+        shares = [_moved(right[side], ".1%") for side in ("on_source", "on_target")] if right else []
+        gap = f"{loss['gap']['change']:+.3f} ± {loss['gap']['change_margin']:.3f}"
+        rows.append([seed, *sides, gap, *shares])
+    one = next(iter(several.values()))
+    header = ["seed", "loss on the source", "on the target", "change of the gap"]
+    header += ["accuracy on the source", "on the target"] if len(rows[0]) > len(header) else []
+    told = [f"- {one['found']['findings']['shift']['sentence']}" for one in several.values()]
+    bullets = "\n".join(wrapped(line).replace("\n", "\n  ") for line in told)
+    return "\n".join([_intro(_titled(title), one), table(header, rows), "", bullets, ""])
+
+
+def _moved(side: Kept, digits: str) -> str:
+    margin = "" if side["margin"] is None else f" ± {side['margin']:{digits}}"
+    return f"{side['before']:{digits}} → {side['after']:{digits}} ({side['change']:+{digits}}{margin})"
 
 
 def _where(kept: Mapping[str, Kept]) -> str:

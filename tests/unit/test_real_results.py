@@ -88,6 +88,27 @@ def test_the_page_has_scores_costs_and_sentences(folder: Path, monkeypatch: pyte
     assert "- Take more records." in text and "Four records." in text
 
 
+def test_runs_of_several_seeds_are_one_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(keeping, "FOLDER", tmp_path / "kept")
+    for number in (1, 2):
+        side = {"records": 9, "before": 0.7, "after": 0.7 - 0.1 * number, "change": -0.1 * number, "margin": 0.05}
+        gap = {
+            "before": 0.0,
+            "before_margin": 0.1,
+            "after": 0.1,
+            "after_margin": 0.1,
+            "change": 0.1,
+            "change_margin": 0.2,
+        }
+        loss = {"on_source": side, "on_target": {**side, "margin": None}, "gap": gap}
+        shift = {"loss": loss, "accuracy": None, "sentence": f"seed {number} carries over"}
+        (tmp_path / "result.json").write_text(json.dumps({"findings": {"shift": shift}}))
+        assert main(["keep", f"shift-{number}", str(tmp_path), "--data", "Nine.", "--ran", f"train {number}"]) == 0
+    text = real.text(real.read(tmp_path / "kept"))
+    assert text.count("## Shift") == 1 and "train 1" in text and "seed 2 carries over" in text
+    assert "| 2 | 0.700 → 0.500 (-0.200 ± 0.050) | 0.700 → 0.500 (-0.200) | +0.100 ± 0.200 |" in text
+
+
 def test_nothing_to_keep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keep", "toy", str(tmp_path), "--data", "None."]) == 1
     assert "comparison.json" in capsys.readouterr().err
