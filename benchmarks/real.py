@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,9 @@ def figures(one: Kept) -> dict[str, Any]:
 
 
 def _intro(title: str, one: Kept) -> str:
-    return f"## {title}\n\n{wrapped(one['data'])}\n\n```bash\n{one['command']}\n```\n"
+    lines = textwrap.wrap(one["command"], 112, break_long_words=False, break_on_hyphens=False)
+    command = " \\\n  ".join(lines)
+    return f"## {title}\n\n{wrapped(one['data'])}\n\n```bash\n{command}\n```\n"
 
 
 def _shown(name: str, one: Kept, key: str, what: str) -> str:
