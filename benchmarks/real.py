@@ -108,6 +108,10 @@ def _intro(title: str, one: Kept) -> str:
     return f"## {title}\n\n{wrapped(one['data'])}\n\n```bash\n{command}\n```\n"
 
 
+def _bullet(line: str) -> str:
+    return textwrap.fill(f"- {line}", 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def _shown(name: str, one: Kept, key: str, what: str) -> str:
     return f"![{what}](pictures/{name}-{key}.png)\n" if key in figures(one) else ""
 
@@ -144,8 +148,8 @@ def _comparison(name: str, one: Kept) -> str:
         "worse (Holm over all pairs). Seconds are those of a run's steps, on a machine that did other work, too."
     )
     failed = [f"{one}: {why}." for one, why in ranking["failed"]]
-    lines = [f"- {sentence}." for sentence in [*ranking["sentences"], *found.get("advice", ())]]
-    bullets = "\n".join(wrapped(line).replace("\n", "\n  ") for line in lines).replace("..", ".")
+    lines = [f"{sentence.rstrip('.')}." for sentence in [*ranking["sentences"], *found.get("advice", ())]]
+    bullets = "\n".join(map(_bullet, lines))
     drawn = "\n".join(
         _shown(name, one, key, what)
         for key, what in (
@@ -191,8 +195,8 @@ def _dimension(name: str, one: Kept) -> str:
         for point in found["points"]
     ]
     header = ["d", "rate", found["metric"], "of the gain", "seeds"]
-    said = [f"- {sentence}" for sentence in [*found["said"], *found["advice"]]]
-    bullets = "\n".join(wrapped(line).replace("\n", "\n  ") for line in said)
+    said = [*found["said"], *found["advice"]]
+    bullets = "\n".join(_bullet(line) for line in said)
     ends = (
         f"Untrained {found['base']:.4f}, {found['reference']['told']} {found['full']:.4f}, threshold "
         f"{found['threshold']:.4f}."
@@ -214,7 +218,7 @@ def _few_labels(name: str, one: Kept) -> str:
     ]
     header = ["test part", "labels alone", "with pseudo-labels", "difference (95 %)"]
     said = [verdict["sentence"], *one["found"]["warnings"]]
-    bullets = "\n".join(wrapped(f"- {line}").replace("\n", "\n  ") for line in said)
+    bullets = "\n".join(_bullet(line) for line in said)
     return "\n".join([_intro(_titled(name), one), table(header, rows), "", bullets, ""])
 
 
@@ -241,8 +245,8 @@ def _shifts(title: str, several: Mapping[str, Kept]) -> str:
     one = next(iter(several.values()))
     header = ["seed", "loss on the source", "on the target", "change of the gap"]
     header += ["accuracy on the source", "on the target"] if len(rows[0]) > len(header) else []
-    told = [f"- {one['found']['findings']['shift']['sentence']}" for one in several.values()]
-    bullets = "\n".join(wrapped(line).replace("\n", "\n  ") for line in told)
+    told = [one["found"]["findings"]["shift"]["sentence"] for one in several.values()]
+    bullets = "\n".join(_bullet(line) for line in told)
     return "\n".join([_intro(_titled(title), one), table(header, rows), "", bullets, ""])
 
 
