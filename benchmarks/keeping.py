@@ -50,7 +50,7 @@ def run(options: Namespace) -> Path:
         "command": options.ran or found.get("command", ""),
         **about,
         "commit": commit,
-        "found": short(found),
+        "found": short(found, f"{options.folder.resolve()}/"),
     }
     path = FOLDER / f"{options.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,14 +59,16 @@ def run(options: Namespace) -> Path:
     return path
 
 
-def short(value: Any) -> Any:
-    """The same with numbers of a few digits.
+def short(value: Any, folder: str) -> Any:
+    """The same with numbers of a few digits, and paths as they are seen from the folder.
 
-    >>> short({"losses": [0.123456789, 2], "name": "lora"})
-    {'losses': [0.12346, 2], 'name': 'lora'}
+    >>> short({"losses": [0.123456789, 2], "test": "/here/data/test.jsonl"}, "/here/")
+    {'losses': [0.12346, 2], 'test': 'data/test.jsonl'}
     """
     if isinstance(value, dict):
-        return {key: short(each) for key, each in value.items()}
+        return {key: short(each, folder) for key, each in value.items()}
     if isinstance(value, list):
-        return [short(each) for each in value]
+        return [short(each, folder) for each in value]
+    if isinstance(value, str):
+        return value.replace(folder, "")
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -6,7 +6,8 @@ import pytest
 
 from lorafit.errors import ConfigError
 from lorafit.experiments.candidates import candidates
-from lorafit.experiments.spending import Speed, plan_freely, plan_within, read_duration, remember, remembered
+from lorafit.experiments.spending import Speed, plan_freely, plan_within, remember, remembered
+from lorafit.training.spans import read_duration
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
         "ranking": rank(candidates, resamples=200).to_json(),
         "advice": ["Take more records."],
     }
+    found["data"]["test"] = str(tmp_path.resolve() / "data" / "test.jsonl")  # type: ignore[index]
     found["budget"]["seeds"] = [1, 2, 3]  # type: ignore[index]
     (tmp_path / "comparison.json").write_text(json.dumps(found))
     return tmp_path
@@ -71,6 +72,7 @@ def test_what_is_kept_is_what_was_found_in_fewer_digits(
     found = json.loads((folder / "comparison.json").read_text())
     assert kept["kind"] == "comparison" and kept["commit"] == {"hash": "abc", "changed": False}
     assert kept["found"]["candidates"][0]["rate"] == 0.0012346
+    assert kept["found"]["data"]["test"] == "data/test.jsonl"  # and no path of the machine
     assert kept["found"]["candidates"][0]["seeds"][0]["losses"] == pytest.approx(
         found["candidates"][0]["seeds"][0]["losses"], rel=1e-4
     )

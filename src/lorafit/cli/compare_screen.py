@@ -77,7 +77,7 @@ def told(result: Result) -> str:
 
 
 def _left(comparison: Comparison) -> str:
-    from lorafit.experiments.spending import duration
+    from lorafit.training.spans import duration
 
     seconds = comparison.left()
     return "" if seconds is None or comparison.done >= comparison.total else f"; about {duration(seconds)} left"

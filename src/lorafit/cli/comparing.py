@@ -45,8 +45,9 @@ def go(wishes: Wishes, screen: Screen) -> None:
     """Compares, and shows what it came to."""
     from filelock import FileLock, Timeout
 
-    from lorafit.experiments.spending import rates_of, read_duration, seeds_of
+    from lorafit.experiments.spending import rates_of, seeds_of
     from lorafit.methods import METHODS
+    from lorafit.training.spans import read_duration
 
     started = time.monotonic()
     quiet()

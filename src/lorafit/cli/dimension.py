@@ -150,7 +150,7 @@ def _wanted(kind: str, against: str, metric: str, of: str, budget: str | None, *
     from lorafit.cli.exits import usage
     from lorafit.experiments.dimension import Metric, Projection
     from lorafit.experiments.dimension_asking import Wanted
-    from lorafit.experiments.spending import read_duration
+    from lorafit.training.spans import read_duration
 
     with usage():
         return Wanted(

@@ -16,6 +16,7 @@ from rich.console import Console
 from lorafit.errors import LorafitError
 from lorafit.experiments.measuring import Model, adapted, bare, measure
 from lorafit.experiments.trial import Kind, Measured, Notify, Result, Trial, keep
+from lorafit.training.findings import finite
 from lorafit.training.folder import RECORDS
 from lorafit.training.record import peak_rss_bytes
 from lorafit.training.trainer import DivergedError
@@ -55,7 +56,7 @@ def _measured_base(trial: Trial, experiment: Path, notify: Notify) -> Result:
     started = time.perf_counter()
     settings = trial.placed(experiment)
     model = bare(settings, notify)
-    validation = None if settings.eval_data is None else _finite(measure(model, settings, settings.eval_data).mean)
+    validation = None if settings.eval_data is None else finite(measure(model, settings, settings.eval_data).mean)
     measured = None if trial.measured is None else measure(model, settings, trial.measured)
     failed = None
     if measured is not None and not math.isfinite(measured.mean):
@@ -183,7 +184,3 @@ def _lost(folder: Path) -> str | None:
         if "loss" in one.get("nonfinite", ()) or (one["event"] == "held_out" and one.get("nonfinite")):
             return f"the loss is not finite at step {one.get('step')}"
     return None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -36,6 +36,7 @@ from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.prefix_run import shorten
 from lorafit.training.prepare import Task, prepare, training_arguments
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
+from lorafit.training.spans import duration
 from lorafit.training.trainer import AdapterTrainer
 
 Notify = Callable[[str], object]
@@ -272,7 +273,7 @@ class _Run:
         steps = trainer.planned_steps() - self._step()
         per_record = sum(map(len, task.data.train)) / len(task.data.train)
         seconds = steps * trainer.records_per_step() * per_record * COST_OF_A_STEP / rate
-        self.notify(f"training will take about {_duration(seconds)} (from {rate:,.0f} tokens/s in evaluation)")
+        self.notify(f"training will take about {duration(seconds)} (from {rate:,.0f} tokens/s in evaluation)")
 
     def _first_answers(self, task: Task, handle: Handle) -> list[str]:
         with handle.disabled():
@@ -388,20 +389,6 @@ def _fuse(task: Task, handle: Handle) -> None:
     batch = task.collator([shortest])
     device = task.model.get_input_embeddings().weight.device
     handle.fuse(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
-
-
-def _duration(seconds: float) -> str:
-    """A length of time as one says it.
-
-    >>> _duration(42), _duration(150), _duration(7300)
-    ('42 s', '2 min 30 s', '2 h 01 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def _limited(records: Sequence[Any], limit: int | None) -> Sequence[Any]:
