@@ -105,13 +105,14 @@ def _checked(to: str, job: Job) -> Callable[[Job], Done]:
     from lorafit.exporting.gguf_names import TYPES
 
     if to not in FORMATS:
+        near = nearest(to, FORMATS)
         raise ConfigError(
             "no such format",
             where="--to",
             found=repr(to),
             expected=", ".join(FORMATS),
-            near=nearest(to, FORMATS),
-            fix="--to hf",
+            near=near,
+            fix=f"--to {next(iter(near), 'hf')}",
         )
     kind, words = FORMATS[to]
     given = {

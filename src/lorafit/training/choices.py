@@ -206,7 +206,6 @@ class _Way(ABC):
     def __init__(self, loss: SupervisedLoss, pad: int) -> None:
         self._loss = loss
         self._collate = Collator(pad)
-        self._pad = pad
 
     @abstractmethod
     def __call__(self, model: Any, rows: Sequence[Sequence[Encoded]]) -> Tensor:
