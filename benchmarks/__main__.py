@@ -13,14 +13,18 @@ from benchmarks import (
     forecast,
     head,
     keeping,
+    load,
     machine,
     memory,
+    mixed,
     real,
     report,
+    serving,
     steps,
     stored,
     storing,
     sweep,
+    throughput,
     train,
 )
 from benchmarks.child import ChildError
@@ -39,6 +43,10 @@ COMMANDS: tuple[ModuleType, ...] = (
     report,
     keeping,
     real,
+    mixed,
+    throughput,
+    load,
+    serving,
 )
 
 
@@ -49,7 +57,8 @@ def parser() -> ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="of weights, batches and orders")
     common.add_argument("--output", default=str(stored.FOLDER), help="folder of the JSON files")
     top = ArgumentParser(
-        prog="python -m benchmarks", description="What training with an adapter costs, beside PEFT and TRL."
+        prog="python -m benchmarks",
+        description="What training with adapters and serving them costs, beside PEFT and TRL.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:

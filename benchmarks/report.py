@@ -64,7 +64,7 @@ def run(options: Namespace) -> Path:
 
 def text(documents: Documents) -> str:
     """The page."""
-    parts = [HEAD, sections.verdicts(documents), METHOD, *_parts(documents), _where(documents)]
+    parts = [HEAD, sections.verdicts(documents), METHOD, *_parts(documents), where(documents)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
@@ -84,7 +84,8 @@ def _parts(documents: Documents) -> Iterator[str]:
                 yield write(document)
 
 
-def _where(documents: Documents) -> str:
+def where(documents: Documents) -> str:
+    """On which machine what was measured, by which command."""
     if not documents:
         return "## Machine\n\nNothing has been measured yet.\n"
     lines = ["## Machine", ""]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -41,6 +41,46 @@ def activate(model: nn.Module, known: Sequence[str], names: str | Sequence[str] 
     check_unscaled(((path, module) for path, module, _ in walk(model)), chosen)
     for bank in banks(model):
         bank.set(active=chosen)
+
+
+def check_active(name: str, active: Sequence[str]) -> None:
+    """Raises `StateError` for an adapter that merging would make act."""
+    if name not in active:
+        raise StateError(
+            f"adapter {name!r} is not active, and merging it would make it act",
+            found=f"active: {some(active) or 'none'}",
+            expected="an active adapter",
+            fix=f"activate({name!r}) first",
+        )
+
+
+def check_apart(name: str, *, merged: bool) -> None:
+    """Raises `StateError` for an adapter that is in the weights."""
+    if merged:
+        raise StateError(f"adapter {name!r} is merged", expected="an unmerged one", fix="unmerge it first")
+
+
+def check_site(path: str, sites: Collection[str]) -> None:
+    """Raises `StateError` for a path that is none of an adapter's sites."""
+    if path not in sites:
+        raise StateError(
+            "no such site",
+            found=repr(path),
+            expected=f"one of {len(sites)} sites",
+            near=nearest(path, sites),
+            fix="see handle.sites",
+        )
+
+
+def check_trainable(name: str, trained: Sequence[object]) -> None:
+    """Raises `StateError` for an adapter without anything that is trained."""
+    if not trained:
+        raise StateError(
+            f"adapter {name!r} has nothing to train",
+            found="an adapter that was loaded for inference",
+            expected="a trainable one",
+            fix="load(model, path, trainable=True)",
+        )
 
 
 def check_settled(lifted: str | None) -> None:

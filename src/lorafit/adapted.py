@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lorafit.errors import StateError, some
 from lorafit.kernels.precision import autocasts
 from lorafit.kernels.siblings import Member
-from lorafit.layers import Acting, Site, TensorSite, site_class, site_of
+from lorafit.layers import Acting, Mixing, Site, TensorSite, site_class, site_of
 from lorafit.memo import STEPS
 from lorafit.method import Adapter
+from lorafit.sharded import in_parts
 from lorafit.together import Group
 
 BANK = "adapters"
@@ -34,10 +35,12 @@ class Bank(nn.ModuleDict):
     """The adapters of one module by name, and which of them act.
 
     `acting` names the active adapters that are not merged into the weight; a tuple, so that a compiled model has one
-    graph for each set of acting adapters. `together` is the group of layers that this one is computed with.
+    graph for each set of acting adapters. `together` is the group of layers that this one is computed with. `mixing`
+    is asked instead of the acting adapters while the rows of a batch have different ones.
     """
 
     together: Group | None = None
+    mixing: Mixing | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +58,10 @@ class Bank(nn.ModuleDict):
             own["merged"] = merged
         own["acting"] = tuple(name for name in self.active if name not in self.merged)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is made for another time and place: what acts row by row is of the block that runs here.
+        return {key: value for key, value in vars(self).items() if key != "mixing"}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A checkpoint of the plain model knows nothing of adapters: it must load, and leave them as they are. torch
         # hands the children of this module what `state_dict` holds, so each absent entry is given its own values.
@@ -67,14 +74,13 @@ class Bank(nn.ModuleDict):
 
     def updates(self, site: Site) -> list[Acting]:
         """What the acting adapters say of the site's weight now."""
-        updates = []
-        entries = self._modules
-        for name in self.acting:
-            adapter = entries[name]
-            assert isinstance(adapter, Adapter)
-            dropout = adapter.dropout if adapter.training else 0.0
-            updates.append(Acting(adapter.update(site.weight), dropout))
-        return updates
+        return [self.said(name, site) for name in self.acting]
+
+    def said(self, name: str, site: Site) -> Acting:
+        """What one adapter says of the site's weight now."""
+        adapter = self._modules[name]
+        assert isinstance(adapter, Adapter)
+        return Acting(adapter.update(site.weight), adapter.dropout if adapter.training else 0.0)
 
 
 def _fit(adapter: Adapter, state_dict: dict[str, Any], prefix: str) -> None:
@@ -112,6 +118,9 @@ def adapting(site: Site) -> Generator:
 def _adapted(base: ModuleClass, kind: type[Site], make: Generator) -> ModuleClass:
     def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name for it)
         bank = self._modules[BANK]  # past torch's own way to attributes, which takes longer than all of this
+        if bank.mixing is not None:
+            mixed: Tensor = bank.mixing.output(self, base.forward, input)
+            return mixed
         if not bank.acting:
             result: Tensor = base.forward(self, input)
             return result
@@ -158,17 +167,23 @@ def replaced(base: ModuleClass) -> ModuleClass:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bank = self.adapters
+        if bank.mixing is not None:
+            return bank.mixing.output(self, base.forward, *args, **kwargs)
         if not bank.acting:
             return base.forward(self, *args, **kwargs)
-        entry = bank[bank.acting[0]]
-        raised = _raised(self, entry)
-        if raised is None:
-            return entry(*args, **kwargs)
-        low, high, back = raised
-        args, kwargs = _cast(args, low, high), _cast(kwargs, low, high)
-        return _cast(entry(*args, **kwargs), high, back)
+        return by_copy(self, bank[bank.acting[0]], args, kwargs)
 
     return _generate("Replaced", base, forward, replaced)
+
+
+def by_copy(module: nn.Module, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a trained copy makes of the module's input, in the module's own types."""
+    raised = _raised(module, entry)
+    if raised is None:
+        return entry(*args, **kwargs)
+    low, high, back = raised
+    args, kwargs = _cast(args, low, high), _cast(kwargs, low, high)
+    return _cast(entry(*args, **kwargs), high, back)
 
 
 def _raised(module: nn.Module, entry: nn.Module) -> tuple[torch.dtype, torch.dtype, torch.dtype] | None:
@@ -280,14 +295,38 @@ def group(modules: Mapping[str, nn.Module], groups: Sequence[Sequence[str]]) -> 
 
 def install(module: nn.Module, name: str, entry: nn.Module, make: Generator) -> None:
     """Puts `entry` into the module's bank under `name`, adapting the module if it was plain."""
+    bank = _opened(module, make)
+    entry.train(module.training)
+    bank[name] = entry
+
+
+def _opened(module: nn.Module, make: Generator) -> Bank:
     bank = bank_of(module)
     if bank is None:
         bank = Bank()
         vars(bank)["training"] = module.training
         module.add_module(BANK, bank)
         module.__class__ = make(type(module))
-    entry.train(module.training)
-    bank[name] = entry
+    return bank
+
+
+def mix(module: nn.Module, mixing: Mixing, make: Generator) -> None:
+    """Has `mixing` decide what acts in the module, adapting it if it was plain."""
+    vars(_opened(module, make))["mixing"] = mixing
+
+
+def unmix(module: nn.Module) -> None:
+    """Has the module's own adapters act again; a module without any becomes the plain one it was."""
+    bank = bank_of(module)
+    if bank is not None:
+        vars(bank).pop("mixing", None)
+        _close(module, bank)
+
+
+def _close(module: nn.Module, bank: Bank) -> None:
+    if not bank and bank.mixing is None:
+        module.__class__ = plain_class(module)
+        del module._modules[BANK]
 
 
 def prepare(modules: Iterable[nn.Module], make: Generator) -> None:
@@ -302,9 +341,7 @@ def uninstall(module: nn.Module, name: str) -> None:
     assert bank is not None
     del bank[name]
     bank.set(active=bank.active, merged=tuple(other for other in bank.merged if other != name))
-    if not bank:
-        module.__class__ = plain_class(module)
-        del module._modules[BANK]
+    _close(module, bank)
 
 
 def check_removable(modules: Iterable[tuple[str, nn.Module]], name: str) -> None:
@@ -320,6 +357,14 @@ def check_removable(modules: Iterable[tuple[str, nn.Module]], name: str) -> None
                 found=type(module).__name__,
                 expected="the class that attach gave it",
                 fix="undo what was done to the layer since (fully_shard, parametrize), then detach",
+            )
+        if in_parts(bank[name]):
+            raise StateError(
+                f"adapter {name!r} is sharded with its model, which cannot be undone",
+                where=path,
+                found="parameters of which each process keeps a part",
+                expected="an adapter as attach left it",
+                fix="handle.save(folder) in all processes, then lorafit.load(model, folder) on a new, plain model",
             )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorafit import store
 from lorafit.adapted import plain_class
+from lorafit.delta import LowRank
 from lorafit.errors import CheckpointError, ConfigError, LorafitWarning, some
 from lorafit.fitting import Fit, copy_into, fit
 from lorafit.handle import Handle
@@ -48,15 +49,15 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default", trainable
     """
     check_model(model)
     with torch.inference_mode(False):  # what inference mode makes could never be trained
-        ready = fitted(model, path, name)
-    check_name(model, ready.method, name)
-    for note in ready.notes:
+        made = fitted(model, path, name)
+    check_name(model, made.method, name)
+    for note in made.notes:
         warnings.warn(note, LorafitWarning, stacklevel=2)
-    for site_path in ready.found.copies:
-        refuse_copy(site_path, ready.modules)
-    saved = {path: module for path, module in ready.modules.by_path.items() if path in ready.found.copies}
-    handle = install_all(model, ready.method, ready.planned, ready.adapters, saved, name, trainable=trainable)
-    for site_path, tensors in ready.found.copies.items():
+    for site_path in made.found.copies:
+        refuse_copy(site_path, made.modules)
+    saved = {path: module for path, module in made.modules.by_path.items() if path in made.found.copies}
+    handle = install_all(model, made.method, made.planned, made.adapters, saved, name, trainable=trainable)
+    for site_path, tensors in made.found.copies.items():
         copy_into(handle.copies[site_path], tensors)
     return handle
 
@@ -79,6 +80,41 @@ class Ready:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """An adapter of a folder whose every tensor has its place in a model; nothing is made of it yet."""
+
+    stored: Stored
+    parsed: Parsed
+    layout: Layout
+    own: Ours | str | None
+    found: Fit
+    modules: Modules
+    notes: list[str]
+
+    def plain(self) -> dict[str, LowRank] | None:
+        """Module path → what the file says is added there; None where that takes more than the file."""
+        told = {
+            self.modules.aliases[path]: self.layout.plain(self.parsed, path, self.found.sites[path], values)
+            for path, values in self.found.adapters.items()
+        }
+        return {path: delta for path, delta in told.items() if delta is not None} if all(told.values()) else None
+
+
+def fitting(modules: Modules, path: str | Path, name: str = "default") -> Fitting:
+    """Reads an adapter's folder and finds each tensor's place among a model's modules.
+
+    Raises:
+        CheckpointError: the files are damaged, of another type, or do not fit.
+    """
+    stored = store.read(Path(path), name)
+    layout, parsed, own = parse(stored.config, stored.config_path)
+    found = fit(stored, layout, parsed, modules)
+    if not stored.ours:
+        warn_shared([*(modules.aliases[each] for each in found.adapters), *found.copies], modules.aliases)
+    return Fitting(stored, parsed, layout, own, found, modules, _notes(parsed, stored, list(found.sites)))
+
+
 def fitted(model: nn.Module, path: str | Path, name: str = "default") -> Ready:
     """Reads an adapter's folder and makes its adapters for `model`, which stays as it is.
 
@@ -86,14 +122,14 @@ def fitted(model: nn.Module, path: str | Path, name: str = "default") -> Ready:
         CheckpointError: the files are damaged, of another type, or do not fit.
         TargetError: the model has a layer that cannot be adapted in place.
     """
-    stored = store.read(Path(path), name)
-    layout, parsed, own = parse(stored.config, stored.config_path)
-    modules = Modules.of(model)
-    found = fit(stored, layout, parsed, modules)
+    return ready(fitting(Modules.of(model), path, name))
+
+
+def ready(fitting: Fitting) -> Ready:
+    """Makes the adapters of what was read. Raises as `fitted`."""
+    stored, parsed, layout, own = fitting.stored, fitting.parsed, fitting.layout, fitting.own
+    found, modules, notes = fitting.found, fitting.modules, list(fitting.notes)
     values = {modules.aliases[path]: tensors for path, tensors in found.adapters.items()}
-    notes = _notes(parsed, stored, list(found.sites))
-    if not stored.ours:
-        warn_shared([*values, *found.copies], modules.aliases)
 
     def make(method: Method, at: Callable[[str], Method], ours: Ours | None) -> Made:
         planned = [_planned(path, at(path), stored, modules, ours) for path in modules.by_path if path in values]
@@ -139,12 +175,17 @@ def _plain(method: Method) -> bool:
     return isinstance(method, LoRA) and not anchored(method)
 
 
-def _planned(path: str, method: Method, stored: Stored, modules: Modules, ours: Ours | None) -> Planned:
+def check_room(path: str, modules: Modules) -> None:
+    """Raises `TargetError` for a layer that cannot be adapted in place."""
     module = modules.by_path[path]
     kind = site_class(plain_class(module))
     assert kind is not None
     refuse(path, module, plain_class(module), kind, modules.parents[path])
-    planned = Planned(path, site_of(module), method)
+
+
+def _planned(path: str, method: Method, stored: Stored, modules: Modules, ours: Ours | None) -> Planned:
+    check_room(path, modules)
+    planned = Planned(path, site_of(modules.by_path[path]), method)
     reason = method.impossible(planned.spot)
     if reason is None:
         return planned

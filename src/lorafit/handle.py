@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorafit import activation, adapted, merging, store, together
 from lorafit.adapted import bank_of, check_removable, uninstall, walk
-from lorafit.errors import StateError, nearest, some
+from lorafit.errors import StateError
 from lorafit.hooks import Binding, StepHooks, check_gradients, check_held, check_unused, quick, with_copies
 from lorafit.layers import Shape, Site, Sites, sparse
 from lorafit.ledger import LEDGER, Ledger
@@ -23,6 +23,7 @@ from lorafit.method import Adapter, Method
 from lorafit.methods import validate
 from lorafit.peft_layout import Description, Placed
 from lorafit.plan import Modules, Planned
+from lorafit.rows import rows
 from lorafit.summary import summary
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -84,14 +85,7 @@ class Handle:
 
     def adapter(self, path: str) -> Adapter:
         """The adapter at one site. Raises `StateError` for a path that is no site."""
-        if path not in self._sites:
-            raise StateError(
-                "no such site",
-                found=repr(path),
-                expected=f"one of {len(self._sites)} sites",
-                near=nearest(path, self._sites),
-                fix="see handle.sites",
-            )
+        activation.check_site(path, self._sites)
         return self._adapter(self._sites[path])
 
     def _adapter(self, site: Site) -> Adapter:
@@ -189,6 +183,23 @@ class Handle:
                 self._mark(merged=True)
             self.activate(before)
 
+    def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Within it row i of a batch has the adapter `names[i]` of those attached; None is the base model.
+
+        What each row gives is what its adapter gives alone, up to the rounding of sums, in training too. Where nothing
+        is differentiated a layer computes its own output once for all rows (`lorafit.mixed`).
+
+        Args:
+            names: one for each row that the layers see, whichever adapters are active.
+
+        Raises:
+            ConfigError: no sequence of names.
+            StateError: a name that is not attached, a merged adapter, or rows that have adapters already; in a forward
+                pass, an input that has not one row for each name, or adapters that were activated, disabled, merged,
+                attached or detached within.
+        """
+        return rows(self.model, self._ledger().names, names)
+
     def fuse(self, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
         """Has layers that read the same input, as q, k and v do, computed as one operation from now on.
 
@@ -221,8 +232,7 @@ class Handle:
         """
         self.check_sites("train")
         named = self._trained()
-        if self._folded is not None:
-            raise StateError(f"adapter {self.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
+        activation.check_apart(self.name, merged=self.merged)
         copied = {id(parameter) for copy in self.copies.values() for parameter in copy.parameters()}
         groups = self.method.param_groups([each for each in named if id(each[1]) not in copied], lr)
         copies = [parameter for _, parameter in named if id(parameter) in copied]
@@ -230,13 +240,7 @@ class Handle:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = list(self.named_parameters())
-        if not named:
-            raise StateError(
-                f"adapter {self.name!r} has nothing to train",
-                found="an adapter that was loaded for inference",
-                expected="a trainable one",
-                fix="load(model, path, trainable=True)",
-            )
+        activation.check_trainable(self.name, named)
         return named
 
     def optimizer(
@@ -290,7 +294,8 @@ class Handle:
             check_unused(optimizer, self.schedule, self.parameters())
             self.schedule.begin(total_steps)
         check = partial(self._check_first_step, allow_unused)
-        StepHooks.of(optimizer).add(Binding(self.name, self.method.name, check, self.named_parameters, self.schedule))
+        binding = Binding(self.name, self.method.name, check, self.named_parameters, self.schedule, self.entries)
+        StepHooks.of(optimizer).add(binding)
         self._bound.add(optimizer)
         return optimizer
 
@@ -347,13 +352,7 @@ class Handle:
             StateError: the adapter is not active, so that merging it would change what the model computes.
         """
         activation.check_settled(self._ledger().lifted)
-        if self.name not in self.active:
-            raise StateError(
-                f"adapter {self.name!r} is not active, and merging it would make it act",
-                found=f"active: {some(self.active) or 'none'}",
-                expected="an active adapter",
-                fix=f"activate({self.name!r}) first",
-            )
+        activation.check_active(self.name, self.active)
         self._fold(untie=untie, keep=True)
 
     def _fold(self, *, untie: bool, keep: bool) -> None:

@@ -6,7 +6,8 @@ of a schedule travels inside of the optimizer's `state_dict`, which they all sav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from torch import nn
 
 from lorafit.errors import CheckpointError, TrainingError, some
 from lorafit.method import Schedule
+from lorafit.sharded import alike, is_part, rewritten
 
 STATE = "lorafit"
 """The key under which an optimizer's state has those of schedules, by the adapter's name."""
@@ -72,6 +74,7 @@ def quick(kind: type[torch.optim.Optimizer], named: Sequence[tuple[str, nn.Param
     """
     said = {"fused", "foreach", "differentiable"}.intersection(given)
     known = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in named)
+    known = known and alike(p for _, p in named)  # sharded ones and others are not for one kernel
     return kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) and known and not said
 
 
@@ -98,6 +101,7 @@ class Binding:
         first: the check before the first step.
         named: gives what it trains now, by name.
         schedule: what the method does around a step, or None.
+        entries: gives its adapters and full copies, by the module's path; asked where they are sharded.
         key: its name among the optimizer's adapters: that of the adapter, numbered if another one has it.
     """
 
@@ -106,6 +110,7 @@ class Binding:
     first: Callable[[], None]
     named: Callable[[], Iterable[tuple[str, nn.Parameter]]]
     schedule: Schedule | None
+    entries: Callable[[], Mapping[str, nn.Module]] = dict
     key: str = ""
     checked: bool = False
     acts: bool = True
@@ -115,6 +120,15 @@ class Binding:
         if not self.checked:
             self.first()
             self.checked = True
+
+    @contextmanager
+    def whole(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Within it the adapters are whole and what is done to them stays, where the optimizer holds parts of them."""
+        if any(is_part(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+            with rewritten(self.entries().values()):
+                yield
+        else:
+            yield
 
 
 class StepHooks:
@@ -149,6 +163,7 @@ class StepHooks:
         self._late = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
         for binding in self._bindings:
             if not self._late:
+                _check_seen(optimizer, binding)
                 binding.check()
             elif binding.schedule is not None and binding.schedule.needs_gradients:
                 raise _no_closure(binding)
@@ -164,14 +179,16 @@ class StepHooks:
             reached = self._late or any(parameter.grad is not None for _, parameter in binding.named())
             binding.acts = reached and not skipped
             if binding.acts:
-                binding.schedule.before_step(optimizer)
+                with binding.whole(optimizer):
+                    binding.schedule.before_step(optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for binding in self._bindings:
             if self._late:
                 binding.check()
             if binding.schedule is not None and binding.acts:
-                binding.schedule.after_step(optimizer)
+                with binding.whole(optimizer):
+                    binding.schedule.after_step(optimizer)
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         found = {
@@ -218,6 +235,20 @@ class StepHooks:
 
 _HOOKS: WeakKeyDictionary[torch.optim.Optimizer, StepHooks] = WeakKeyDictionary()
 """The hooks of each optimizer that trains an adapter."""
+
+
+def _check_seen(optimizer: torch.optim.Optimizer, binding: Binding) -> None:
+    """Raises `TrainingError` at the first step of a sharded model whose backward pass torch did not see the end of."""
+    if binding.checked or not any(map(is_part, (p for group in optimizer.param_groups for p in group["params"]))):
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(parameter) not in held for _, parameter in binding.named()):
+        raise TrainingError(
+            "the model is sharded, and its parameters are gathered still when the optimizer steps",
+            found="a backward pass that torch has not noticed",
+            expected="a model that returns tensors, alone or in tuples, lists, dicts and dataclasses",
+            fix="return the loss in one of these; in a class of any other kind torch does not look for it",
+        )
 
 
 def _no_closure(binding: Binding) -> TrainingError:

@@ -18,6 +18,7 @@ from lorafit.errors import LorafitWarning, MergeError, some
 from lorafit.finite import all_finite
 from lorafit.layers import Site
 from lorafit.method import Adapter
+from lorafit.sharded import in_parts, whole
 from lorafit.shared import shared_memory
 
 
@@ -60,12 +61,18 @@ class _Row:
 
 def change(site: Site, adapter: Adapter) -> Tensor:
     """W' − W of one site in its weight's own shape, in at least single precision."""
-    with torch.no_grad():
+    with torch.no_grad(), whole([site.module, adapter]):
         return site.unfold(adapter.update(site.weight).change(site.weight()))
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raises `MergeError` if an adapter is merged already."""
+    """Raises `MergeError` if an adapter is merged already, or if no weight is whole."""
+    if in_parts(model):
+        raise MergeError(
+            "the model is sharded: of its weights each process keeps a part",
+            expected="whole weights",
+            fix="handle.save(folder) in all processes, then lorafit.load(model, folder).merge() on a plain model",
+        )
     for bank in banks(model):
         if bank.merged:
             raise MergeError(

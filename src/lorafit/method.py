@@ -193,6 +193,7 @@ class Method(ABC):
         merges: whether the adapter can be folded into the weights, to rounding.
         in_peft: as what PEFT reads its files.
         in_vllm: how vLLM serves it.
+        in_rows: whether its change is small enough that rows of one batch can have different ones at little cost.
     """
 
     name: ClassVar[str]
@@ -201,6 +202,7 @@ class Method(ABC):
     merges: ClassVar[str] = "exactly"
     in_peft: ClassVar[str] = "LoRA"
     in_vllm: ClassVar[str] = "yes"
+    in_rows: ClassVar[bool] = True
 
     @abstractmethod
     def adapter(self, spot: Spot, *, generator: torch.Generator | None = None) -> Adapter:

@@ -114,6 +114,11 @@ def check_model(model: nn.Module) -> None:
                     fix=fix,
                 )
     for bank in banks(model):
+        if bank.mixing is not None:
+            raise StateError(
+                "the rows of a batch have their adapters now, and others would not act",
+                fix="leave the with block of rows first, or close() the AdapterBank",
+            )
         if bank.merged:
             raise StateError(
                 "another adapter is merged into the weights now, so a new one would build on it",
@@ -257,7 +262,7 @@ def _taken(module: nn.Module, *, whole: bool) -> tuple[str, str] | None:
     bank = bank_of(module)
     if bank is None and _has(module, BANK):
         return (f"it has an attribute named {BANK!r}, where its adapters would be kept", "rename that attribute")
-    if bank is not None and isinstance(next(iter(bank.values())), Adapter) == whole:
+    if bank is not None and any(isinstance(entry, Adapter) == whole for entry in bank.values()):
         name, does = next(iter(bank)), "changes" if whole else "replaces"
         return (
             f"adapter {name!r} {does} it, and a module can be changed or replaced, not both",

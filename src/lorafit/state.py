@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorafit import files
-from lorafit.errors import CheckpointError, StateError, nearest, some
+from lorafit.activation import check_apart
+from lorafit.errors import CheckpointError, nearest, some
 from lorafit.handle import Handle
 from lorafit.method import Adapter
+from lorafit.sharded import by_one, in_parts, put, whole
 
 STATE = "lorafit_state.safetensors"
 SETTINGS = "settings"
@@ -30,18 +33,27 @@ MARK = "|"
 def save_state(handle: Handle, folder: str | Path) -> Path:
     """Writes every tensor of an adapter into `folder`, whole or not at all.
 
+    Of a sharded adapter it is to be called in every process, as `Handle.save` is.
+
     Raises:
         CheckpointError: the file cannot be written.
         StateError: a layer was replaced after attaching.
     """
     handle.check_sites("save")
-    tensors = {
-        f"{path}{MARK}{key}": value.detach().to("cpu").contiguous().clone()
-        for path, entry in handle.entries().items()
-        for key, value in entry.state_dict().items()
-    }
+    entries = handle.entries()
+    with whole(entries.values()):
+        tensors = {
+            f"{path}{MARK}{key}": value.detach().to("cpu").contiguous().clone()
+            for path, entry in entries.items()
+            for key, value in entry.state_dict().items()
+        }
     path = Path(folder) / STATE
     metadata = {"format": "pt", SETTINGS: json.dumps(_settings(handle))}
+    write = partial(_write, path, tensors, metadata)
+    return by_one(write) if in_parts(handle.model) else write()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
     files.commit(files.stage(path, lambda temporary: _fill(temporary, tensors, metadata)), path)
     return path
 
@@ -54,8 +66,7 @@ def load_state(handle: Handle, folder: str | Path) -> None:
         StateError: a layer was replaced after attaching, or the adapter is merged.
     """
     handle.check_sites("reload")
-    if handle.merged:
-        raise StateError(f"adapter {handle.name!r} is merged", expected="an unmerged one", fix="unmerge it first")
+    check_apart(handle.name, merged=handle.merged)
     path = Path(folder) / STATE
     saved, settings = _read(path)
     _check_settings(settings, _settings(handle), path)
@@ -66,9 +77,8 @@ def load_state(handle: Handle, folder: str | Path) -> None:
             assert isinstance(entry, Adapter)
             entry.resize(shapes)
         own = entry.state_dict()
-        with torch.no_grad():
-            for name, value in values.get(key, {}).items():
-                own[name].copy_(value)
+        for name, value in values.get(key, {}).items():
+            put(own[name], value)
 
 
 def _settings(handle: Handle) -> dict[str, list[object]]:
@@ -154,6 +164,14 @@ def _check_entry(entry: nn.Module, values: Mapping[str, Tensor], where: str) -> 
         )
     if all(own[key].shape == value.shape for key, value in values.items()):
         return {}
+    if in_parts(entry):
+        raise CheckpointError(
+            "a sharded adapter cannot take another shape",
+            where=where,
+            found={key: tuple(value.shape) for key, value in values.items()},
+            expected={key: tuple(value.shape) for key, value in own.items()},
+            fix="load the state before the model is sharded",
+        )
     shapes = {key: value.shape for key, value in values.items()}
     try:
         if not isinstance(entry, Adapter):

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lorafit.card import model_card
 from lorafit.errors import CheckpointError, some
 from lorafit.layouts import config_of, mathematics, tensors_of
 from lorafit.peft_layout import Description
+from lorafit.sharded import by_one, in_parts, whole
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,10 +54,18 @@ class Stored:
 def write(folder: Path, description: Description) -> None:
     """Writes an adapter in PEFT's layout; see the module's docstring for what a kill can leave.
 
+    Of a sharded adapter it is to be called in every process: the first one writes, and all return when it has.
+
     Raises:
         CheckpointError: the folder cannot be written; what was there is untouched.
     """
-    write_parts(folder, config_of(description), tensors_of(description), model_card(description))
+    entries = [*(placed.adapter for placed in description.sites.values()), *description.copies.values()]
+    with whole(entries):
+        config, tensors, card = config_of(description), tensors_of(description), model_card(description)
+    if any(map(in_parts, (*(placed.site.module for placed in description.sites.values()), *entries))):
+        by_one(partial(write_parts, folder, config, tensors, card))
+    else:
+        write_parts(folder, config, tensors, card)
 
 
 def write_parts(folder: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], card: str) -> None:
@@ -140,13 +150,7 @@ def read(path: Path, name: str = "default") -> Stored:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            "the file of weights is damaged or cut short",
-            where=weights_path,
-            found=str(error),
-            expected="a whole safetensors file",
-            fix="copy or download it again, or go back to an earlier checkpoint",
-        ) from None
+        raise _damaged(weights_path, error) from None
     if CHECKSUM in metadata and _checksum(tensors) != metadata[CHECKSUM]:
         raise CheckpointError(
             "the file of weights was changed after it was written",
@@ -157,6 +161,33 @@ def read(path: Path, name: str = "default") -> Stored:
         )
     config, edited = _read_config(config_path, metadata)
     return Stored(config, tensors, config_path, weights_path, ours=CONFIG_COPY in metadata, edited=edited)
+
+
+def peek(path: Path, name: str = "default") -> Stored:
+    """The same without the tensors: only the header of the file of weights is read.
+
+    Raises:
+        CheckpointError: as `read`, as far as config and header show it.
+    """
+    folder = _locate(path, name)
+    weights_path, config_path = folder / WEIGHTS, folder / CONFIG
+    try:
+        with safe_open(weights_path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(weights_path, error) from None
+    config, edited = _read_config(config_path, metadata)
+    return Stored(config, {}, config_path, weights_path, ours=CONFIG_COPY in metadata, edited=edited)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the file of weights is damaged or cut short",
+        where=path,
+        found=str(error),
+        expected="a whole safetensors file",
+        fix="copy or download it again, or go back to an earlier checkpoint",
+    )
 
 
 def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:

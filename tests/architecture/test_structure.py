@@ -19,7 +19,7 @@ from lorafit.method import Method
 SOURCE = Path(lf.__file__).parent
 TIERS = (
     ("errors",),
-    ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite", "rest"),
+    ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite", "rest", "sharded"),
     ("kernels.scratch", "kernels.precision", "kernels.frozen", "kernels.geometry", "targets", "rownorm", "spectrum"),
     ("kernels.masks", "kernels.products", "kernels.pointwise", "kernels.vectors"),
     ("kernels.parts",),
@@ -27,12 +27,18 @@ TIERS = (
     ("kernels.siblings",),
     ("kernels",),
     ("layers.site",),
+    ("layers.mixing",),
     ("quant.rows", "quant.linear", "quant.reading"),
     ("quant.modules",),
     ("layers.vector", "layers.lookup", "layers.convolution", "layers.hollow"),
     ("layers.packed",),
     ("layers.foreign",),
     ("layers",),
+    ("mixed.assignment", "mixed.changes"),
+    ("mixed.tables",),
+    ("mixed.bucket",),
+    ("mixed.slots",),
+    ("mixed",),
     ("method",),
     ("anatomy", "summary"),
     ("methods.validate", "methods.directions", "methods.fewest", "methods.subspace"),
@@ -49,7 +55,7 @@ TIERS = (
     ("methods.table",),
     ("together",),
     ("adapted",),
-    ("shared", "ledger", "hooks", "activation"),
+    ("shared", "ledger", "hooks", "activation", "rows"),
     ("plan", "merging", "peft_layout"),
     ("quant.selecting",),
     ("quant.convert",),
@@ -62,7 +68,7 @@ TIERS = (
     ("card",),
     ("store",),
     ("handle", "bare"),
-    ("inject", "importance", "inspection"),
+    ("inject", "importance", "inspection", "distributed"),
     ("fitting", "state"),
     ("checkpoint", "combining"),
     ("conversion",),
@@ -70,13 +76,14 @@ TIERS = (
     ("report",),
     ("exporting",),
     ("training",),
+    ("serve",),
     ("experiments",),
     ("cli",),
     ("__main__",),
 )
 """Imports point down only: a module imports from the rows above its own."""
 RANK = {name: rank for rank, row in enumerate(TIERS) for name in row}
-OUTSIDE = ("report", "exporting", "training", "experiments", "cli", "__main__")
+OUTSIDE = ("report", "exporting", "training", "serve", "experiments", "cli", "__main__")
 """What is not the core: the core needs torch, safetensors and Python alone."""
 
 

@@ -70,7 +70,7 @@ def assert_untouched(model: nn.Module, keys: list[str]) -> None:
         (["embed", "conv", "head"], (), ["embed", "conv", "head"]),
         ({"q_proj", "k_proj"}, (), [p for p in LINEAR if "_proj" in p]),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
 def test_what_is_adapted(targets, exclude, expected):
     handle = lf.attach(Language(), lf.LoRA(r=2), targets, exclude=exclude)

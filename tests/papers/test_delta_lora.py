@@ -684,3 +684,14 @@ def test_one_compiled_graph_serves_before_and_after_the_start():
         optimizer.step()
     assert len(graphs) == 1
     torch.compiler.reset()
+
+
+def test_an_adapter_whose_weight_has_not_moved_yet_comes_back_as_what_it_is(some_layer, tmp_path, fill):
+    handle = lf.attach(some_layer.model(), lf.DeltaLoRA(r=some_layer.rank(2), start=5), ["layer"])
+    fill(handle)
+    handle.save(tmp_path)
+    again = lf.load(some_layer.model(), tmp_path, trainable=True)  # a warning would be an error
+    assert again.method == handle.method
+    for key, value in handle.adapter("layer").state_dict().items():
+        expected = handle.adapter("layer").A if key == "A_K" else handle.adapter("layer").B if key == "B_K" else value
+        assert torch.equal(again.adapter("layer").state_dict()[key], expected), key

@@ -22,12 +22,16 @@ from lorafit.cli import (
     plan,
     pseudo,
     resize,
+    serve,
     train,
 )
 from lorafit.cli.exits import USAGE
+from lorafit.cli.launched import refuse
 from lorafit.cli.openended import OpenEnded, dashed
 from lorafit.cli.options import Debug
 
+ALSO_LAUNCHED = "train"
+"""The command that may run as several processes of one run."""
 EPILOG = "Exit status: 0 done, 1 input or data must be mended, 2 wrong usage, 130 interrupted."
 
 
@@ -47,6 +51,7 @@ def command() -> Any:
     app.command("plan", help=_unwrapped(plan.plan), cls=OpenEnded, epilog=plan.EPILOG)(plan.plan)
     app.command("eval", help=_unwrapped(eval.evaluate))(eval.evaluate)
     app.command("chat", help=_unwrapped(chat.chat))(chat.chat)
+    app.command("serve", help=_unwrapped(serve.serve))(serve.serve)
     app.command("dimension", help=_unwrapped(dimension.dimension), cls=OpenEnded, epilog=dimension.EPILOG)(
         dimension.dimension
     )
@@ -87,6 +92,8 @@ def _root(
 
     Begin with `lorafit demo`: it fine-tunes a small model that comes along, and shows what changed.
     """
+    if context.invoked_subcommand not in (None, ALSO_LAUNCHED):
+        refuse(context.invoked_subcommand)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(USAGE)

@@ -12,6 +12,7 @@ from torch import nn
 from lorafit.layers.convolution import Conv1dSite, Conv2dSite, Conv3dSite, ConvSite
 from lorafit.layers.foreign import Bits4Site, Bits8Site, TensorSite, bitsandbytes_layers, is_torchao
 from lorafit.layers.lookup import EmbeddingSite, sparse
+from lorafit.layers.mixing import Mixing
 from lorafit.layers.packed import Int8Conv1DSite, Int8LinearSite, PackedSite, Stored
 from lorafit.layers.site import Acting, BaseForward, Made, Shape, Site, apply
 from lorafit.layers.vector import Conv1DSite, LinearSite, VectorSite
@@ -33,6 +34,7 @@ __all__ = [
     "Int8LinearSite",
     "LinearSite",
     "Made",
+    "Mixing",
     "PackedSite",
     "Shape",
     "Site",

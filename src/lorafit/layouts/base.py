@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lorafit.delta import LowRank
 from lorafit.layers import Site
 from lorafit.method import Adapter, Around, Method, Spot
 from lorafit.methods.initialisers import INITIALISERS
@@ -127,6 +128,10 @@ class Layout(ABC):
     def at(self, parsed: Parsed, path: str) -> Method:
         """The method of one site, as the settings of this type name it."""
         return parsed.method
+
+    def plain(self, parsed: Parsed, path: str, site: Site, values: Mapping[str, Tensor]) -> LowRank | None:
+        """The change that a site's values are by themselves; None where it depends on W or on other tensors."""
+        return None
 
     @abstractmethod
     def adapters(

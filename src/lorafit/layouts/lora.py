@@ -225,6 +225,11 @@ class LoraLayout(Layout):
     def at(self, parsed: Parsed, path: str) -> Method:
         return _at(parsed, path)
 
+    def plain(self, parsed: Parsed, path: str, site: Site, values: Mapping[str, Tensor]) -> LowRank | None:
+        if "m" in values:
+            return None
+        return LowRank(values["B"], values["A"], scale=scale_at(parsed, path), groups=site.shape.groups)
+
     def adapters(
         self, method: Method, places: Sequence[Place], shared: Mapping[str, Tensor], parsed: Parsed, record: Record
     ) -> dict[str, Adapter]:
@@ -360,7 +365,10 @@ def _telescoped(adapter: Adapter, down: Tensor, up: Tensor, record: Record) -> N
     lam = record.get("lam")
     if not isinstance(lam, float | int):
         raise ContradictionError(f"lam is {lam!r}, no number")
-    a, b, a_k, b_k = _halves(down, up, adapter.groups)
+    if not lam and down.shape[0] == adapter.A.shape[0]:  # W has not moved yet: the file holds one product
+        a, b, a_k, b_k = down, up, down, up
+    else:
+        a, b, a_k, b_k = _halves(down, up, adapter.groups)
     _same_rank(adapter, a)
     # A comes back bit for bit, B and B_K up to the rounding of (1 + λ) B and λ B_K.
     values = {"A": a, "B": b / (1 + lam), "A_K": a_k, "B_K": b_k / -lam if lam else b, "lam": torch.tensor(float(lam))}

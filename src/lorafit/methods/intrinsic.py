@@ -94,6 +94,7 @@ class IntrinsicDimension(Method):
     trains = "θ_d, λ"
     in_peft = "merge, or convert"
     in_vllm = "merge, or convert"
+    in_rows = False
 
     d: int = 1000
     layerwise: bool = True

@@ -1,0 +1,1 @@
+"""Many adapters behind one model: what `lorafit serve` starts."""
