@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp  ## train on the embedded model and data, and show what
 	$(BIN)/lorafit demo
 
 test: $(VENV)/dev.stamp lint browser  ## what CI runs: linter, types, tests that take less than a minute each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: $(VENV)/dev.stamp lint browser  ## every test
 	$(PIP) --editable ".[ray]" || echo "ray cannot be installed here: its test will be skipped"

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lorafit.errors import ConfigError
-from lorafit.training.batches import Collator, LabelCollator, LengthBucketSampler
+from lorafit.training.batches import Collator, LabelCollator, LengthBucketSampler, Records, SharedBatches
 from lorafit.training.classify import EncodedLabel
 from lorafit.training.encode import Encoded
 
@@ -141,3 +141,40 @@ def test_accelerate_sets_the_epoch_and_resumes_exactly():
     epochs = [seen(whole, epoch) for epoch in range(2)]
     assert epochs[0] != epochs[1]
     assert seen(skip_first_batches(loader(), 5), 1) == epochs[1][5:]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("records", [24, 25, 30, 47])
+def test_processes_together_have_the_batches_of_one(records: int, count: int) -> None:
+    order = LengthBucketSampler(LENGTHS[:records], 12, seed=1)
+    for epoch in (0, 1):
+        parts = [
+            SharedBatches(order, 12 // count, number=number, count=count, drop_last=False) for number in range(count)
+        ]
+        for part in parts:
+            part.set_epoch(epoch)
+        each = [list(part) for part in parts]
+        assert {len(own) for own in each} == {len(parts[0])} == {-(-records // 12)}
+        together = [[place for own in each for place in own[step] if place >= 0] for step in range(len(each[0]))]
+        alone = list(order)
+        assert together == [alone[start : start + 12] for start in range(0, records, 12)]
+        assert all(len(batch) <= 12 // count and batch for own in each for batch in own)
+        assert max(map(len, together[-1:])) == (records % 12 or 12)
+
+
+def test_a_batch_that_is_not_full_can_be_dropped() -> None:
+    order = LengthBucketSampler(LENGTHS[:25], 8, seed=1)
+    parts = [SharedBatches(order, 4, number=number, count=2, drop_last=True) for number in range(2)]
+    assert [len(part) for part in parts] == [3, 3] and all(len(batch) == 4 for part in parts for batch in part)
+
+
+def test_who_has_no_record_has_one_that_says_nothing() -> None:
+    kept = [Encoded([5, 6, 7], [-100, 6, 7], "a:1"), Encoded([8, 9, 10], [-100, -100, 10], "a:2")]
+    records = Records(kept)
+    order = LengthBucketSampler([3], 2, seed=0)
+    first, second = (list(SharedBatches(order, 1, number=number, count=2, drop_last=False)) for number in range(2))
+    assert sorted([first, second]) == [[[-1]], [[0]]]
+    assert records[0] is kept[0] and len(records) == 2
+    assert records[-2] == Encoded([8, 9], [-100, -100], "a:2")
+    labelled = Records([EncodedLabel([1, 2, 3], [0, 0, 1], 4, "b:1")])
+    assert labelled[-1] == EncodedLabel([1, 2], [0, 0], -100, "b:1")

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.cli.exits import StoppedError
+from lorafit.cli.exits import MEND, StoppedError
 from lorafit.cli.quiet import quiet
 from lorafit.cli.screen import Screen
 from lorafit.errors import MissingExtraError
@@ -36,18 +37,25 @@ def finish(settings: Settings, command: str, screen: Screen, *, last: Last) -> N
         StoppedError: the user interrupted the run.
         LorafitError: the run cannot start or go on.
     """
+    from lorafit.training.ranks import EchoError, leave, speaks
     from lorafit.training.run import train
 
     quiet()
     try:
         outcome = train(settings, command=command, notify=screen.say, console=screen.console)
+    except EchoError:  # another process says it
+        raise typer.Exit(MEND) from None
     except KeyboardInterrupt:
         screen.say(f"stopped; the same command goes on from the last checkpoint, if there is one: {command}")
         raise StoppedError from None
+    alone = speaks()
+    leave()
     if outcome.status == "interrupted":
         screen.say(f"stopped after step {outcome.steps} and saved; the same command goes on from there: {command}")
         screen.result(_as_json(outcome, None, None))
         raise StoppedError
+    if not alone:
+        return
     report = _report(outcome, screen)
     summary = _summary(outcome)
     show_answers(outcome.shown, settings.max_new_tokens, screen)

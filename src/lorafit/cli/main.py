@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorafit.cli.exits import DONE, INTERRUPTED, MEND, USAGE, StoppedError, WrongUsageError
+from lorafit.cli.launched import heard
 from lorafit.errors import LorafitError, LorafitWarning
 
 INSTALL = "pip install 'lorafit[train]'"
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write("\ninterrupted\n")
             return INTERRUPTED
         except WrongUsageError as wrong:
-            return _report(str(wrong), wrong, USAGE, state)
+            return _report(str(wrong), wrong, USAGE, state) if heard() else USAGE  # all processes have the same line
         except LorafitError as error:
             return _report(str(error), error, MEND, state)
         except wrong_words as error:

@@ -165,6 +165,14 @@ BatchSize = Annotated[
 MaxSteps = Annotated[
     int | None, typer.Option("--max-steps", help="Optimizer steps; wins over epochs.", rich_help_panel=TRAINING)
 ]
+Shard = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard/--no-shard",
+        help="Under a launcher: each process keeps a part of the model (FSDP2). Default: each keeps all of it (DDP).",
+        rich_help_panel=RUN,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Settings from a YAML file; flags win.", rich_help_panel=RUN),

@@ -21,11 +21,12 @@ class Screen:
 
     Args:
         as_json: keep stdout for the one object of `result`; all that is for people goes to stderr then.
+        heard: whether anything is shown at all: of several processes of a run one speaks.
     """
 
-    def __init__(self, as_json: bool = False) -> None:
-        self._as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False, markup=False, emoji=False)
+    def __init__(self, as_json: bool = False, *, heard: bool = True) -> None:
+        self._as_json = as_json and heard
+        self.console = Console(stderr=as_json, highlight=False, markup=False, emoji=False, quiet=not heard)
 
     @property
     def fancy(self) -> bool:

@@ -89,6 +89,7 @@ def train(
     ] = None,
     output_dir: options.OutputDir = None,
     seed: options.Seed = None,
+    shard: options.Shard = None,
     samples: options.Samples = None,
     max_new_tokens: options.MaxNewTokens = None,
     config: options.Config = None,
@@ -99,13 +100,15 @@ def train(
     """Fine-tune a model on your data.
 
     Prints the resolved settings first and held-out loss before and after last. Ctrl-C saves a checkpoint; the same
-    command goes on from there. The run's folder receives the adapter, its records and a report.
+    command goes on from there. The run's folder receives the adapter, its records and a report. Under torchrun or
+    accelerate launch (torchrun --nproc-per-node 2 -m lorafit train ...) it is one run in several processes.
     """
     from lorafit.cli.finish import finish
+    from lorafit.cli.launched import heard
     from lorafit.cli.screen import Screen
     from lorafit.cli.settings import gather, resolved
 
-    screen = Screen(as_json)
+    screen = Screen(as_json, heard=heard())
     given = context.params
     flags = {name: value for name, value in given.items() if name not in ("config", "set_", "as_json", "debug")}
     layers = gather(config=config, sets=set_ or (), flags=flags, extra=context.args)

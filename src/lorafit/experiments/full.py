@@ -27,11 +27,12 @@ from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.callbacks import Interrupt, Timing, terminated
 from lorafit.training.config import Settings
 from lorafit.training.folder import COMPLETE, open_folder
+from lorafit.training.meter import Meter
 from lorafit.training.models import default_rate
 from lorafit.training.objectives import Objective, mean_loss
 from lorafit.training.prepare import Task, prepare, training_arguments
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
-from lorafit.training.trainer import DivergedError, Meter, planned_steps, settle_warmup
+from lorafit.training.trainer import DivergedError, planned_steps, records_per_step, settle_warmup
 
 MODEL = "model"
 BEST = "best"
@@ -215,7 +216,7 @@ class WholeTrainer(Trainer):
         return float(kept["loss"])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return LengthBucketSampler(self._lengths, self.args.train_batch_size, self.args.seed)
+        return LengthBucketSampler(self._lengths, records_per_step(self.args), self.args.seed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

@@ -21,6 +21,7 @@ from lorafit.methods.adalora_triplets import (
     parameter_of,
     separable,
     shrink,
+    stand_ins,
     survivors,
 )
 
@@ -197,7 +198,7 @@ class AdaLoRASchedule(Schedule):
 
     def _remove(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for adapter in self._adapters.values() for p in adapter.parameters()]
-        if not alone():
+        if not alone() or stand_ins(optimizer, parameters):
             return
         if not all(separable(optimizer, parameter) for parameter in parameters):
             warnings.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,12 @@ def alone() -> bool:
     """Whether this process trains by itself: the others' wrappers count on parameters of the size they began with."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+
+
+def stand_ins(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether these only stand for what an optimizer holds (`lorafit.sharded`): then their shapes are not theirs."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return bool(parameters) and not any(id(parameter) in held for parameter in parameters)
 
 
 def separable(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:

@@ -6,11 +6,12 @@ The order of an epoch is a function of (seed, epoch) alone, so a resumed run mee
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import final
+from dataclasses import replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from lorafit.errors import ConfigError
 from lorafit.training.classify import EncodedLabel
@@ -117,7 +118,8 @@ class LengthBucketSampler(Sampler[int]):
 
     Args:
         lengths: tokens of each record.
-        batch_size: records in a batch of the loader.
+        batch_size: records that are of like length: those of an optimizer step, over all processes and accumulated
+            batches, so that the order does not depend on how a step is divided among them.
         seed: of the order.
         megabatch: batches in a megabatch, at most; of small data fewer, so that the order stays random.
         longest_first: whether the first batch of epoch 0 is the one with the longest record, so that memory
@@ -191,3 +193,68 @@ class LengthBucketSampler(Sampler[int]):
             mega = sorted(order[start : start + step], key=self.lengths.__getitem__, reverse=True)
             batches += [mega[place : place + size] for place in range(0, len(mega), size)]
         return batches
+
+
+@final
+class Records(Dataset[Any]):
+    """Encoded records, as a loader takes them; a negative index gives one that says nothing.
+
+    Such an idle record stands where a process has none of its own in a batch that the others have a record of.
+    """
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._records[index] if index >= 0 else _idle(self._records[-1 - index])
+
+
+def _idle(record: Encoded | EncodedLabel) -> Encoded | EncodedLabel:
+    """A record of which nothing is learnt, as short as one can be."""
+    ids = record.input_ids[:2]
+    if isinstance(record, EncodedLabel):
+        types = None if record.token_type_ids is None else record.token_type_ids[:2]
+        return replace(record, input_ids=ids, token_type_ids=types, label=IGNORED)
+    return replace(record, input_ids=ids, labels=[IGNORED] * len(ids))
+
+
+@final
+class SharedBatches(Sampler[list[int]]):
+    """Of an order that all processes have, the batches of one of them.
+
+    Records in a row, `size` for each process, are one batch of all of them, as one process would have it alone. Where
+    the last batch is not full, its records are shared out as evenly as can be, and a process that gets none has an idle
+    one (see `Records`): all have as many batches, and no record counts twice.
+
+    Args:
+        order: of the records.
+        size: records of a process in a batch.
+        number: which process this is, from 0.
+        count: how many there are.
+        drop_last: leave out a batch that is not full.
+    """
+
+    def __init__(self, order: LengthBucketSampler, size: int, *, number: int, count: int, drop_last: bool) -> None:
+        self.sampler = order
+        self.batch_size = size
+        self.number = number
+        self.count = count
+        self.drop_last = drop_last
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration that of `epoch`, from 0."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        together = self.batch_size * self.count
+        return len(self.sampler) // together if self.drop_last else -(-len(self.sampler) // together)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, together = list(self.sampler), self.batch_size * self.count
+        for start in range(0, len(self) * together, together):
+            batch = order[start : start + together]
+            own = batch[self.number * len(batch) // self.count : (self.number + 1) * len(batch) // self.count]
+            yield own or [-1 - batch[0]]

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorafit.anatomy import anatomy
+from lorafit.anatomy import Anatomy, anatomy
 from lorafit.handle import Handle
-from lorafit.training.record import Recorder, peak_rss_bytes
-from lorafit.training.trainer import Meter
+from lorafit.sharded import whole
+from lorafit.training import ranks
+from lorafit.training.meter import Meter, peak_bytes
+from lorafit.training.record import Recorder
 
 Notify = Callable[[str], object]
 
@@ -72,18 +74,17 @@ class Recording(TrainerCallback):
                 epoch=state.epoch,
                 **kept,
                 **self._timing.figures,
-                peak_rss_bytes=peak_rss_bytes(),
+                peak_rss_bytes=peak_bytes(),
             )
 
     def _record_adapter(self, step: int) -> None:
         """Where a schedule stands, and, of methods that part length and direction, how far each has moved."""
-        facts = {} if self._handle.schedule is None else self._handle.schedule.facts()
+        facts = schedule_facts(self._handle)
         if facts:
             self._recorder.write("schedule", **{**facts, "step": step})
-        sites = {path: (site, self._handle.adapter(path)) for path, site in self._handle.sites.items()}
-        if all(adapter.update(site.weight).gain is None for site, adapter in sites.values()):
+        moved = self._moved()
+        if not moved:
             return
-        moved = anatomy(sites)
         self._recorder.write(
             "anatomy",
             step=step,
@@ -91,8 +92,27 @@ class Recording(TrainerCallback):
             direction={path: one.direction for path, one in moved.items()},
         )
 
+    def _moved(self) -> dict[str, Anatomy]:
+        """Path → how far, of adapters with a gain; one layer at a time, of which all is there for that time alone."""
+        moved: dict[str, Anatomy] = {}
+        for path, site in self._handle.sites.items():
+            adapter = self._handle.adapter(path)
+            with whole([site.module]):
+                if not moved and adapter.update(site.weight).gain is None:
+                    return {}  # the sites of one adapter are alike in this
+                moved |= anatomy({path: (site, adapter)})
+        return moved
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._recorder.write("saved", step=state.global_step, path=f"checkpoint-{state.global_step}")
+
+
+def schedule_facts(handle: Handle) -> dict[str, Any]:
+    """What a method's schedule says of itself; empty for nothing."""
+    if handle.schedule is None:
+        return {}
+    with whole(handle.entries().values()):
+        return handle.schedule.facts()
 
 
 @final
@@ -153,6 +173,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.requested = ranks.any_of(self.requested)  # a signal does not reach all processes in the same step
         if self.requested and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
@@ -162,6 +183,7 @@ class Interrupt(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.requested = ranks.any_of(self.requested)
         if self.requested and state.global_step < state.max_steps:
             control.should_save = state.global_step != self._saved
             control.should_training_stop = True

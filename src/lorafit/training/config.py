@@ -109,6 +109,7 @@ class Settings(BaseModel):
             there are several passes and it spares some work.
         recompute: "cheap" computes norms and products of activations again in the backward pass, "blocks" whole layers.
         compile: whether each decoder layer is compiled.
+        shard: whether each process of a run keeps a part of the model (FSDP2), and not all of it.
         keep_best: whether the adapter with the lowest held-out loss is the one that the run ends with.
         early_stopping: whether the run ends at the evaluation at which it is found to overfit.
         training: arguments of `transformers.TrainingArguments`, by their own names.
@@ -148,6 +149,7 @@ class Settings(BaseModel):
     prefix_cache: bool | Literal["auto"] = "auto"
     recompute: Literal["none", "cheap", "blocks"] = "none"
     compile: bool = False
+    shard: bool = False
     keep_best: bool = True
     early_stopping: bool = False
     training: dict[str, Any] = Field(default_factory=dict)

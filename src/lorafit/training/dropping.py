@@ -28,6 +28,8 @@ from lorafit.handle import Handle
 from lorafit.importance import importance
 from lorafit.method import Around, Method
 from lorafit.methods.lora_drop import LoRADrop
+from lorafit.training import ranks
+from lorafit.training.batches import Records
 from lorafit.training.callbacks import Bar, Timing
 from lorafit.training.config import UNRECORDED, Settings
 from lorafit.training.folder import FREE, FREE_TRAINING, RunFolder
@@ -171,7 +173,7 @@ class Trial:
             base_model=self.task.located.name,
             model=self.task.model,
             args=arguments,
-            train_dataset=records,
+            train_dataset=Records(records),
             data_collator=self.task.layout,
             processing_class=self.task.tokenizer,
         )
@@ -208,11 +210,16 @@ def settle(method: Method, trial: Trial, folder: RunFolder, recorder: Recorder) 
     if drop is None or drop.keep is not None:
         return method
     fingerprint = _fingerprint(trial)
-    choice = _known(folder, fingerprint, trial.sites)
+    choice = ranks.first(lambda: _known(folder, fingerprint, trial.sites))
     if choice is None:
-        choice = trial.run(method, drop)
-        text = json.dumps({"fingerprint": fingerprint, **asdict(choice)}, indent=2, ensure_ascii=False)
-        files.write_text(folder.path / DROP, text)
+        found = trial.run(method, drop)
+        text = json.dumps({"fingerprint": fingerprint, **asdict(found)}, indent=2, ensure_ascii=False)
+
+        def keep() -> Choice:
+            files.write_text(folder.path / DROP, text)
+            return found  # that of the first process, which may differ in a last digit
+
+        choice = ranks.first(keep)
     else:
         trial.notify("which layers matter was found before")
     recorder.write("drop", **asdict(choice))

@@ -12,6 +12,7 @@ from typing import Any
 from lorafit import files
 from lorafit.errors import CheckpointError, ConfigError, some
 from lorafit.state import STATE
+from lorafit.training import ranks
 from lorafit.training.config import Settings
 
 SETTINGS = "settings.json"
@@ -25,11 +26,18 @@ LABELS = "labels.json"
 PARTS = (STATE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 """What a checkpoint must hold, beside the states of random generators, so that a run goes on as if it never stopped."""
 
-FREE = frozenset({"output_dir", "samples", "max_new_tokens", "prefix_cache", "recompute", "general", "slice", "target"})
+FREE = frozenset(
+    {"output_dir", "samples", "max_new_tokens", "prefix_cache", "recompute", "general", "slice", "target", "shard"}
+)
 FREE_TRAINING = frozenset(
     {"report_to", "run_name", "project", "save_steps", "save_total_limit", "save_strategy", "dataloader_num_workers"}
 )
 """Settings that may differ when a run goes on: they do not enter what it computes."""
+
+PROCESSES = "processes"
+"""Key beside the settings in their file: how many processes the run was begun with, if several."""
+DIVIDED = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout", "ddp_backend"})
+"""Settings that say how the records of a step are divided; how many these are may not differ when a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,8 @@ def open_folder(settings: Settings) -> RunFolder:
     """
     path = settings.folder
     mine = json.loads(json.dumps(settings.model_dump()))
+    if ranks.count() > 1:
+        mine[PROCESSES] = ranks.count()
     kept = path / SETTINGS
     if kept.is_file():
         fix = f"restore the file, choose another output_dir, or remove {path}"
@@ -219,7 +229,10 @@ def _left_nothing(path: Path) -> bool:
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     rows = []
-    parts = ((None, FREE), ("training", FREE_TRAINING), ("method_options", frozenset[str]()))
+    before, now = _records_per_step(theirs), _records_per_step(mine)
+    if before is not None and before != now:
+        rows.append(f"records of a step were {before} and are {now}")
+    parts = ((None, FREE | {PROCESSES}), ("training", FREE_TRAINING | DIVIDED), ("method_options", frozenset[str]()))
     for part, free in parts:
         old = theirs if part is None else theirs.get(part, {})
         if not isinstance(old, dict):
@@ -230,3 +243,14 @@ def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
             if old.get(key) != new.get(key):
                 rows.append(f"{key} was {old.get(key)!r} and is {new.get(key)!r}")
     return rows
+
+
+def _records_per_step(settings: dict[str, Any]) -> int | None:
+    """Records of an optimizer step by a file of settings; None if it does not say."""
+    training = settings.get("training")
+    if not isinstance(training, dict):
+        return None
+    size, accumulated = training.get("per_device_train_batch_size"), training.get("gradient_accumulation_steps", 1)
+    processes = settings.get(PROCESSES, 1)
+    known = isinstance(size, int) and isinstance(accumulated, int) and isinstance(processes, int)
+    return size * accumulated * processes if known else None

@@ -9,8 +9,10 @@ from typing import Any, final
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 
 from lorafit import files
+from lorafit.distributed import is_sharded
 from lorafit.handle import Handle
 from lorafit.state import load_state, save_state
+from lorafit.training import ranks
 from lorafit.training.folder import RunFolder
 from lorafit.training.record import Recorder
 from lorafit.training.trainer import AdapterTrainer
@@ -59,9 +61,12 @@ class Judging(TrainerCallback):
 
     def recall(self, step: int) -> None:
         """Takes up the evaluations that the records have up to `step`, from which the run goes on."""
+        self.evaluations = ranks.first(lambda: self._recorded(step))
+
+    def _recorded(self, step: int) -> list[Evaluation]:
         found = (Evaluation.of(one["step"], one["losses"], one["counts"]) for one in self._folder.recorded(EVENT))
         known = {one.step: one for one in found if one.step <= step}
-        self.evaluations = [known[each] for each in sorted(known)]
+        return [known[each] for each in sorted(known)]
 
     def add(self) -> bool:
         """Notes the evaluation that was just made, if there was none of that step; says whether it did."""
@@ -83,8 +88,7 @@ class Judging(TrainerCallback):
             return control
         newest = self.evaluations[-1]
         if self._keep_best and newest.step and newest.mean <= min(one.mean for one in self.evaluations):
-            save_state(self._handle, self._best)
-            files.write_text(self._best / STEP, json.dumps({"step": newest.step}))
+            ranks.agreed(lambda: self._save(newest.step))
         if self._stop and state.global_step < state.max_steps:
             found = judge(self.evaluations)
             if found is not None and found.kind is Kind.OVERFITTING:
@@ -99,11 +103,17 @@ class Judging(TrainerCallback):
         best = min(self.evaluations, key=lambda one: one.mean)
         if best is self.evaluations[-1] or best.step == 0:
             return None
-        if self._kept() != best.step:  # of steps that a kill took back, and that came out otherwise then
+        if ranks.first(self._kept) != best.step:  # of steps that a kill took back, and that came out otherwise then
             return None
         load_state(self._handle, self._best)
         self._trainer.restored = best.step
         return best
+
+    def _save(self, step: int) -> None:
+        if ranks.speaks() or is_sharded(self._handle):
+            save_state(self._handle, self._best)
+        if ranks.speaks():
+            files.write_text(self._best / STEP, json.dumps({"step": step}))
 
     def _kept(self) -> int | None:
         path = self._best / STEP
@@ -120,7 +130,8 @@ class Judging(TrainerCallback):
 
     def remove(self) -> None:
         """Takes the folder of the best adapter away, once the run has written its own."""
-        shutil.rmtree(self._best, ignore_errors=True)
+        if ranks.speaks():
+            shutil.rmtree(self._best, ignore_errors=True)
 
 
 def _due(args: Any, state: TrainerState) -> bool:

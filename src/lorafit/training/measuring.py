@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, final
 
 import torch
 
 from lorafit.handle import Handle
+from lorafit.training import ranks
 from lorafit.training.data import Data
 from lorafit.training.findings import Findings, Moved, Slices
 from lorafit.training.folder import RunFolder
@@ -64,7 +66,7 @@ class Watch:
     def before(self, *, resumed: bool) -> None:
         """Measures without the adapter, or, of a run that goes on, reads what was measured."""
         for what, part in self._parts():
-            known = self._recalled(what, part) if resumed else None
+            known = ranks.first(partial(self._recalled, what, part)) if resumed else None
             if known is None:
                 with self._handle.disabled():
                     known = self._measured(what, "before", 0, part)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lorafit.errors import DataError
 from lorafit.training.batches import RECORDS, TOKENS
 from lorafit.training.loss import SupervisedLoss
+from lorafit.training.sequences import IGNORED
 
 Batch = Mapping[str, Tensor]
 
@@ -120,7 +121,7 @@ class Classes(Objective):
         return Tally(losses, torch.ones_like(losses), (logits.argmax(-1) == labels).cpu().double())
 
     def counted(self, batch: Batch) -> int:
-        return len(batch["labels"])
+        return int((batch["labels"] != IGNORED).sum())
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}

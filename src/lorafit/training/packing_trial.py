@@ -82,6 +82,7 @@ def decide(
     *,
     batch_size: int,
     seed: int,
+    step: int | None = None,
 ) -> Decision:
     """Chooses between packed and padded batches.
 
@@ -96,13 +97,14 @@ def decide(
         plain: pads.
         batch_size: records in a batch.
         seed: of the order of the data.
+        step: records of an optimizer step, if it has several batches.
 
     Raises:
         ConfigError: packing is asked for, and this model cannot do it.
     """
     if wanted is False:
         return Decision(plain, "")
-    batches = list(_batches(records, batch_size, seed))
+    batches = list(_batches(records, batch_size, seed, step or batch_size))
     limits = Limits(balance=BALANCE * model.get_input_embeddings().weight.shape[1])
     saving, _ = _saving(batches, limits)
     if saving.work <= 0 or (wanted == "auto" and saving.work < WORTH):
@@ -140,9 +142,9 @@ def _little(saving: Saving, batch_size: int) -> str:
     return f"save {100 * max(0.0, saving.work):.0f} % of the work"
 
 
-def _batches(records: Sequence[Encoded], batch_size: int, seed: int) -> Iterator[list[Encoded]]:
+def _batches(records: Sequence[Encoded], batch_size: int, seed: int, step: int) -> Iterator[list[Encoded]]:
     """The first batches of the first epoch, the longest record among them."""
-    order = iter(LengthBucketSampler([len(one) for one in records], batch_size, seed))
+    order = iter(LengthBucketSampler([len(one) for one in records], step, seed))
     for _ in range(BATCHES):
         batch = [records[place] for place in islice(order, batch_size)]
         if not batch:

@@ -43,7 +43,7 @@ from lorafit.training.planning_machine import CONTEXT, Limit, Rates, limit_of, r
 from lorafit.training.planning_model import Price, Sizes, Skeleton, skeleton
 from lorafit.training.planning_run import MOST, Course, batches, course, limited
 from lorafit.training.prepare import data_settings, encode, training_arguments
-from lorafit.training.trainer import records_in_all
+from lorafit.training.trainer import records_in_all, records_per_step
 from lorafit.training.watching import gather
 
 Notify = Callable[[str], object]
@@ -282,7 +282,8 @@ def longest_batches(built: Skeleton, settings: Settings, data: Data | LabelledDa
     size = built.arguments.eval_batch_size
     held = list(limited(data.eval, settings.eval_limit))
     parts = [held[start : start + size] for start in range(0, len(held), size)]
-    first = islice(batches(data.train, built.arguments.train_batch_size, settings.seed), MOST)
+    size, step = built.arguments.train_batch_size, records_per_step(built.arguments)
+    first = islice(batches(data.train, size, settings.seed, step), MOST)
     return max(first, key=built.places), max(parts, key=built.places, default=[])
 
 
@@ -348,10 +349,10 @@ class _Clock:
 
     def scaled(self, settings: Settings, measured: Measured, data: Data | LabelledData) -> Times:
         """From measured seconds: a whole run takes as much more as the formula says."""
-        size = self._built.arguments.train_batch_size
+        size, step = self._built.arguments.train_batch_size, records_per_step(self._built.arguments)
         done = [
             self._built.places(batch)
-            for batch, _ in zip(batches(data.train, size, settings.seed), measured.seconds, strict=False)
+            for batch, _ in zip(batches(data.train, size, settings.seed, step), measured.seconds, strict=False)
         ]
         warm = slice(1, None) if len(done) > 1 else slice(None)
         factor = sum(measured.seconds[warm]) / max(1e-9, sum(map(self.step, done[warm])))

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.config import Settings
 from lorafit.training.measuring import batches as within
-from lorafit.training.trainer import planned_steps, steps_per_epoch
+from lorafit.training.trainer import planned_steps, records_per_step, steps_per_epoch
 
 MOST = 400
 """Batches that are laid out to be counted; of longer runs an even choice of them stands for the rest."""
@@ -60,7 +60,7 @@ def course(
     steps = planned_steps(arguments, len(train))
     size = arguments.train_batch_size
     micro = steps * arguments.gradient_accumulation_steps
-    first = list(batches(train, size, settings.seed))
+    first = list(batches(train, size, settings.seed, records_per_step(arguments)))
     counted = first[:micro]
     stride = -(-len(counted) // MOST)
     widths = sorted((width(batch), place) for place, batch in enumerate(counted) if place % stride == 0)
@@ -79,9 +79,9 @@ def course(
     )
 
 
-def batches(records: Sequence[Any], size: int, seed: int) -> Iterator[list[Any]]:
-    """The batches of the first epoch, in the order in which training meets them."""
-    order = iter(LengthBucketSampler([len(one) for one in records], size, seed))
+def batches(records: Sequence[Any], size: int, seed: int, step: int | None = None) -> Iterator[list[Any]]:
+    """The batches of the first epoch, in the order in which training meets them; `step` is the records of a step."""
+    order = iter(LengthBucketSampler([len(one) for one in records], step or size, seed))
     while batch := [records[place] for place in islice(order, size)]:
         yield batch
 

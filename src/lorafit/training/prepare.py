@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from lorafit.errors import ConfigError
+from lorafit.training import ranks
 from lorafit.training.batches import Collator, LabelCollator
 from lorafit.training.classify import EncodedLabel
 from lorafit.training.config import Settings
@@ -35,7 +36,8 @@ from lorafit.training.packing_trial import Decision, decide
 from lorafit.training.quantised import check_quantise, load_base, quantise_loaded
 from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Sample
-from lorafit.training.trainer import records_in_all
+from lorafit.training.sharding import check_shard
+from lorafit.training.trainer import records_in_all, records_per_step
 from lorafit.training.watching import Watched, gather
 
 Notify = Callable[[str], object]
@@ -84,6 +86,8 @@ class Task:
 def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
     """The arguments of `transformers.Trainer`. Raises `ConfigError` where they do not go together."""
     check_quantise(settings.quantise, compiles=settings.compile)
+    check_shard(settings)
+    ranks.join(settings.training)
     options = checkpointing(settings.recompute, settings.training, compiles=settings.compile)
     for old, new in RENAMED.items():
         if old in options and new in TrainingArguments.__dataclass_fields__:
@@ -206,8 +210,8 @@ def lay_out(
                 fix="leave include_num_input_tokens_seen out: the records count tokens anyway",
             )
         wanted = False
-    size = arguments.train_batch_size
-    return decide(wanted, model, loss, data.train, plain, batch_size=size, seed=settings.seed)
+    size, step = arguments.train_batch_size, records_per_step(arguments)
+    return decide(wanted, model, loss, data.train, plain, batch_size=size, seed=settings.seed, step=step)
 
 
 def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> Data | LabelledData:

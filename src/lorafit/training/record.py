@@ -111,6 +111,13 @@ class Recorder:
             os.fsync(file.fileno())
 
 
+class Unheard(Recorder):
+    """Writes nothing: in a process of a run whose first process records it."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Leaves it to the first process."""
+
+
 def _line(record: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"

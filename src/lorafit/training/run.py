@@ -11,31 +11,36 @@ from pathlib import Path
 from typing import Any, final
 
 from rich.console import Console
-from torch.utils.data import Dataset
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
 from lorafit import files
+from lorafit.distributed import is_sharded
+from lorafit.errors import ConfigError
 from lorafit.handle import Handle
 from lorafit.inject import attach
 from lorafit.layers import Shape
 from lorafit.method import Method, Sample
 from lorafit.methods import build
 from lorafit.plan import Modules, choose, saved_paths
+from lorafit.training import ranks
 from lorafit.training.answers import answers
-from lorafit.training.callbacks import Announcing, Bar, Interrupt, Recording, Timing, terminated
+from lorafit.training.batches import Records
+from lorafit.training.callbacks import Announcing, Bar, Interrupt, Recording, Timing, schedule_facts, terminated
 from lorafit.training.config import Settings
 from lorafit.training.data import LabelledData
 from lorafit.training.dropping import Trial, settle
-from lorafit.training.folder import LABELS, open_folder
+from lorafit.training.folder import LABELS, SETTINGS, open_folder
 from lorafit.training.judging import Judging
 from lorafit.training.measuring import Watch
+from lorafit.training.meter import peak_bytes
 from lorafit.training.models import default_rate
 from lorafit.training.outcome import Outcome, Shown, Told
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.prefix_run import shorten
 from lorafit.training.prepare import Task, prepare, training_arguments
-from lorafit.training.record import Recorder, environment, peak_rss_bytes
+from lorafit.training.record import Recorder, Unheard, environment
+from lorafit.training.sharding import check_several, check_shard, divide
 from lorafit.training.spans import duration
 from lorafit.training.trainer import AdapterTrainer
 
@@ -52,6 +57,9 @@ evaluation has the larger batches. Measured on the embedded data."""
 def train(settings: Settings, *, command: str, notify: Notify, console: Console) -> Outcome:
     """Trains one adapter, or goes on with a run that was interrupted.
 
+    In one of several processes that a launcher started (torchrun, accelerate, Ray Train) it is one run of all of them;
+    the first one speaks and writes.
+
     Args:
         settings: everything the run depends on.
         command: how the user asked for it, for the records.
@@ -64,21 +72,15 @@ def train(settings: Settings, *, command: str, notify: Notify, console: Console)
     Raises:
         LorafitError: settings, data, model or folder do not do; nothing that was there is lost.
     """
-    return _Run(settings, command, notify, console).execute()
+    ranks.join(settings.training)
+    if not ranks.speaks():
+        notify, console = _nobody, Console(quiet=True)
+    with ranks.lost(command):
+        return _Run(settings, command, notify, console).execute()
 
 
-@final
-class _Records(Dataset[Any]):
-    """Encoded records, as a loader takes them."""
-
-    def __init__(self, records: Sequence[Any]) -> None:
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._records[index]
+def _nobody(text: str) -> None:
+    """Is told what another process says already."""
 
 
 @final
@@ -91,21 +93,36 @@ class _Run:
         self.notify = notify
         self.console = console
         self.started = time.perf_counter()
-        self.folder = open_folder(settings)
-        self.recorder = Recorder(self.folder.records)
+        check_shard(settings)
+        if settings.shard:
+            check_several()
+        self.folder = ranks.first(lambda: open_folder(settings))
+        ranks.agreed(self._check_here)
+        self.recorder = (Recorder if ranks.speaks() else Unheard)(self.folder.records)
         self.checkpoint: Path | None = None
         self.copies_rate = settings.full_learning_rate
         self.prefix: Prefix = Computed()
 
+    def _check_here(self) -> None:
+        """Raises `ConfigError` if what the first process wrote into the run's folder is not there for this one."""
+        if not (self.folder.path / SETTINGS).is_file():
+            raise ConfigError(
+                "the run's folder is not the same in all processes",
+                where=self.folder.path.absolute(),
+                found=f"no {SETTINGS}, which process 0 has written there",
+                expected="a folder that all machines share, under the same path",
+                fix="--output-dir on a file system that all machines have",
+            )
+
     def execute(self) -> Outcome:
-        done = self.folder.result()
+        done = ranks.first(self.folder.result)
         if done is not None:
             self.notify(f"this run is finished already: {self.folder.path}")
             return Outcome.read(done, self.folder)
-        self.checkpoint = self.folder.checkpoint(self.notify)
+        self.checkpoint = ranks.first(lambda: self.folder.checkpoint(self.notify))
         self.recorder.write("run", run=uuid.uuid4().hex[:12], command=self.command, resumed_from_step=self._step())
         try:
-            with terminated():
+            with terminated(), ranks.lost(self.command):
                 return self._train()
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -119,8 +136,9 @@ class _Run:
 
     def _train(self) -> Outcome:
         arguments = training_arguments(self.settings, self.folder.path)
-        task = prepare(self.settings, arguments, self.notify)
-        self.folder.check_data(task.fingerprint)
+        task = ranks.agreed(lambda: prepare(self.settings, arguments, self.notify))
+        ranks.check_alike(task.fingerprint, "data")
+        ranks.first(lambda: self.folder.check_data(task.fingerprint))
         method = build(self.settings.method, self.settings.method_options)
         if "learning_rate" not in self.settings.training:
             width, times = task.model.config.get_text_config().hidden_size, method.rate([*self._sites(task).values()])
@@ -139,7 +157,9 @@ class _Run:
             self.notify,
             self.console,
         )
-        handle = self._attach(task, settle(method, trial, self.folder, self.recorder))
+        chosen = settle(method, trial, self.folder, self.recorder)
+        handle = ranks.agreed(lambda: self._attach(task, chosen))
+        divide(handle, arguments, self.checkpoint, self.notify, sharded=self.settings.shard)
         trainer = self._trainer(task, handle, arguments)
         self._announce(task, handle, trainer)
         held = _limited(task.data.eval, self.settings.eval_limit)
@@ -168,7 +188,7 @@ class _Run:
         finally:
             bar.close()
             interrupt.restore()
-        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+        if ranks.any_of(interrupt.requested) and trainer.state.global_step < trainer.state.max_steps:
             return self._interrupted(trainer, before)
         return self._done(task, handle, trainer, judging, watch, before, first)
 
@@ -213,8 +233,8 @@ class _Run:
             base_model=task.located.name,
             model=task.model,
             args=arguments,
-            train_dataset=_Records(task.data.train),
-            eval_dataset=_Records(held) if held else None,
+            train_dataset=Records(task.data.train),
+            eval_dataset=Records(held) if held else None,
             data_collator=task.layout,
             processing_class=task.tokenizer,
             copies_rate=self.copies_rate,
@@ -230,7 +250,8 @@ class _Run:
         full = f" (modules trained in full: {self.copies_rate:.2g})" if own else ""
         self.notify(handle.summary())
         self.notify(
-            f"{steps:,} steps of {size} records, learning rate {arguments.learning_rate:.2g}{full}, "
+            f"{steps:,} steps of {size} records{_divided(arguments)}, "
+            f"learning rate {arguments.learning_rate:.2g}{full}, "
             f"{arguments.lr_scheduler_type.value} schedule; {task.objective.description}"
         )
         if self.checkpoint is not None:
@@ -245,6 +266,8 @@ class _Run:
             "total": handle.num_total,
             "share": handle.num_trainable / handle.num_total,
             "train_steps": steps,
+            "records_per_step": size,
+            "processes": ranks.count(),
             "task": task.objective.task_type,
         }
         self.recorder.write("config", config=settings.model_dump(), resolved=resolved)
@@ -257,7 +280,7 @@ class _Run:
         """The held-out loss before the first step: measured once, remembered when the run goes on."""
         if trainer.eval_dataset is None:
             return None
-        known = self.folder.first_evaluation()
+        known = ranks.first(self.folder.first_evaluation)
         if known is not None and self.checkpoint is not None:
             return known
         metrics = trainer.evaluate()
@@ -319,10 +342,12 @@ class _Run:
         self.prefix.remove()
         last = answers(task.model, task.tokenizer, task.samples, self.settings.max_new_tokens)
         self._record_answers(task, last, "after")
-        handle.save(self.folder.adapter, base_model=task.located.name, task_type=task.objective.task_type)
-        task.tokenizer.save_pretrained(self.folder.adapter)
-        if isinstance(task.data, LabelledData):
-            files.write_text(self.folder.adapter / LABELS, json.dumps(task.data.labels, ensure_ascii=False))
+        if ranks.speaks() or is_sharded(handle):
+            handle.save(self.folder.adapter, base_model=task.located.name, task_type=task.objective.task_type)
+        if ranks.speaks():
+            task.tokenizer.save_pretrained(self.folder.adapter)
+            if isinstance(task.data, LabelledData):
+                files.write_text(self.folder.adapter / LABELS, json.dumps(task.data.labels, ensure_ascii=False))
         shown = tuple(
             Shown(sample.prompt, sample.gold, old, new)
             for sample, old, new in zip(task.samples, first, last, strict=True)
@@ -335,20 +360,19 @@ class _Run:
             outcome = replace(outcome, verdict=told)
             self.recorder.write("verdict", **asdict(told))
         self.recorder.write("end", **outcome.figures(), adapter=self.folder.adapter.name, message="")
-        self.folder.finish(
-            {
-                **outcome.figures(),
-                "resumed_from": outcome.resumed_from,
-                "shown": [asdict(one) for one in shown],
-                "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
-                "findings": findings.as_json(),
-            }
-        )
+        result = {
+            **outcome.figures(),
+            "resumed_from": outcome.resumed_from,
+            "shown": [asdict(one) for one in shown],
+            "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
+            "findings": findings.as_json(),
+        }
+        ranks.first(lambda: self.folder.finish(result))  # the last thing: all end when it is there
         return outcome
 
     def _tell_best(self, handle: Handle, trainer: AdapterTrainer) -> None:
         """Where the best adapter was put back: what the schedule has of it, which need not be what it aimed at."""
-        facts = {} if handle.schedule is None else handle.schedule.facts()
+        facts = schedule_facts(handle)
         if trainer.restored is None or not facts:
             return
         self.recorder.write("schedule", **{**facts, "step": trainer.state.global_step})
@@ -378,9 +402,18 @@ class _Run:
             eval_after=after,
             train_seconds=trainer.meter.total_seconds,
             seconds=time.perf_counter() - self.started,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=peak_bytes(),
             shown=shown,
         )
+
+
+def _divided(arguments: Any) -> str:
+    """How the records of a step are shared out, where there is more than one way to it."""
+    if ranks.count() == 1:
+        return ""
+    accumulated = arguments.gradient_accumulation_steps
+    times = f" × {accumulated} accumulated" if accumulated > 1 else ""
+    return f" ({arguments.train_batch_size} in each of {ranks.count()} processes{times})"
 
 
 def _fuse(task: Task, handle: Handle) -> None:

@@ -7,22 +7,29 @@ import math
 import pickle
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from lorafit import files
+from lorafit.distributed import is_sharded
 from lorafit.errors import CheckpointError, LorafitError, TrainingError
 from lorafit.handle import Handle
+from lorafit.sharded import in_parts, share_state, whole_state
 from lorafit.state import load_state, save_state
-from lorafit.training.batches import LengthBucketSampler
+from lorafit.training import ranks
+from lorafit.training.batches import LengthBucketSampler, SharedBatches
 from lorafit.training.folder import COMPLETE, without
+from lorafit.training.meter import Meter
 from lorafit.training.objectives import Objective, Tally, mean_loss
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.recompute import FrozenInputs
@@ -30,52 +37,12 @@ from lorafit.training.recompute_cheap import Keeping, KeepsAll
 from lorafit.training.verdict import Evaluation
 
 TRAINER_STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
 
 
 class DivergedError(TrainingError):
     """The loss of a run is not finite."""
-
-
-class Meter:
-    """Counts tokens and seconds of training since it was last read; `rate` is tokens per second up to that reading."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.supervised = 0
-        self.seconds = 0.0
-        self.rate = 0.0
-        self.total_seconds = 0.0
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """A step begins."""
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """The step is over."""
-        if self._started is not None:
-            passed = time.perf_counter() - self._started
-            self.seconds += passed
-            self.total_seconds += passed
-            self._started = None
-
-    def count(self, tokens: int, supervised: int) -> None:
-        """A batch went through."""
-        self.tokens += tokens
-        self.supervised += supervised
-
-    def read(self) -> dict[str, Any]:
-        """The figures since the last reading, which are then set to zero."""
-        self.rate = self.tokens / self.seconds if self.seconds else 0.0
-        figures = {
-            "tokens": self.tokens,
-            "supervised_tokens": self.supervised,
-            "tokens_per_second": self.rate or None,
-            "seconds": self.seconds,
-        }
-        self.tokens = self.supervised = 0
-        self.seconds = 0.0
-        return figures
 
 
 def records_per_step(arguments: TrainingArguments) -> int:
@@ -111,6 +78,18 @@ def settle_warmup(arguments: TrainingArguments, records: int) -> None:
     """
     if 0 < arguments.warmup_steps < 1 and arguments.warmup_steps * planned_steps(arguments, records) < 1:
         arguments.warmup_steps = 0
+
+
+def check_engine(handle: Handle, *, deepspeed: bool) -> None:
+    """Raises `TrainingError` for a method with a schedule in DeepSpeed's hands."""
+    if deepspeed and handle.schedule is not None:
+        raise TrainingError(
+            f"{handle.method.name} works on its parameters around the step; DeepSpeed's optimizer has copies of them",
+            where="the configuration of `accelerate launch`",
+            found="distributed_type: DEEPSPEED",
+            expected="a method without a schedule (LoRA, LoRA+, DoRA, VeRA, ...), or another engine",
+            fix="torchrun -m lorafit train, with --shard where the model is too large",
+        )
 
 
 @contextmanager
@@ -175,7 +154,11 @@ class AdapterTrainer(Trainer):
     ) -> None:
         settle_warmup(args, len(lengths))
         super().__init__(args=args, **options)
+        check_engine(handle, deepspeed=self.is_deepspeed_enabled)
         self.handle = handle
+        self.sharded = is_sharded(handle)
+        if self.sharded:  # what Trainer calls so is a model whose place and gradients are none of accelerate's business
+            self.is_distributed_loading_by_transformers = True
         self.copies_rate = copies_rate
         self.objective = objective
         self.meter = Meter()
@@ -186,6 +169,7 @@ class AdapterTrainer(Trainer):
         self.restored: int | None = None
         self.prefix: Prefix = Computed()
         self.keeping: Keeping = KeepsAll()
+        self._own: torch.optim.Optimizer | None = None
         self._lengths = lengths
         self._base_model = base_model
         # Makes Trainer count the supervised tokens of all accumulated batches, by which the loss is then divided.
@@ -205,7 +189,7 @@ class AdapterTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 **options,
             )
-            self.optimizer = optimizer
+            self.optimizer = self._own = optimizer
             return optimizer
         kept: torch.optim.Optimizer = self.optimizer
         return kept
@@ -217,7 +201,8 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        self.meter.count(self.objective.tokens(inputs), self.objective.counted(inputs))
+        learnt = self.objective.counted(inputs)
+        self.meter.count(self.objective.tokens(inputs) if learnt else 0, learnt)  # none: an idle record, see `Records`
         with self.prefix.over(inputs), self.keeping.over():
             loss = self.objective.loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss.detach()):
@@ -260,7 +245,7 @@ class AdapterTrainer(Trainer):
         self.last_evaluated, self.last_loss = self.state.global_step, loss
         self.last_records = Evaluation.of(self.state.global_step, losses.tolist(), counts.tolist())
         seconds = time.perf_counter() - started
-        self.last_rate = tokens / seconds
+        self.last_rate = ranks.total([tokens])[0] / seconds
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
@@ -281,7 +266,7 @@ class AdapterTrainer(Trainer):
         return gathered.cpu()
 
     def forward_rate(self) -> float:
-        """Tokens per second of a forward pass: as the last evaluation had it, else of one batch."""
+        """Tokens per second of a forward pass, of all processes: as the last evaluation had it, else of one batch."""
         if not math.isnan(self.last_rate):
             return self.last_rate
         count = min(len(self._lengths), self.args.train_batch_size)
@@ -289,7 +274,7 @@ class AdapterTrainer(Trainer):
         started = time.perf_counter()
         with torch.no_grad(), self.accelerator.autocast():
             self.objective.tally(self.model, batch)
-        return self.objective.tokens(batch) / (time.perf_counter() - started)
+        return self.objective.tokens(batch) * ranks.count() / (time.perf_counter() - started)
 
     def records_per_step(self) -> int:
         """Records that go into one optimizer step, over all processes."""
@@ -299,11 +284,66 @@ class AdapterTrainer(Trainer):
         """Optimizer steps of the whole run."""
         return planned_steps(self.args, len(self._lengths))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return LengthBucketSampler(self._lengths, self.args.train_batch_size, self.args.seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBucketSampler:
+        return LengthBucketSampler(self._lengths, self.records_per_step(), self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of this process; of several ones, those that `SharedBatches` gives it, which no loader splits."""
+        args = self.args
+        if args.world_size == 1:
+            alone: DataLoader[Any] = super().get_train_dataloader()
+            return alone
+        batches = SharedBatches(
+            self._get_train_sampler(),
+            args.train_batch_size,
+            number=args.process_index,
+            count=args.world_size,
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        own: DataLoader[Any] = prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        return own
+
+    def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            # accelerate passes on what newer releases of torch have under two other names.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return super()._prepare_for_training(*args, **options)
+
+    # A sharded model is on its device already, and `to` is nothing for it.
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not in_parts(model):
+            super()._move_model_to_device(model, device)
+
+    # `shard` averages what it keeps whole by itself.
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        pass
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def _writes(self) -> bool:
+        """Whether this process has a part in writing files of the adapter: all do where each has a part of it."""
+        return bool(self.args.should_save) or self.sharded
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
+        if not self._writes():
             return
         folder = Path(output_dir or str(self.args.output_dir))
         self.handle.save(folder, base_model=self._base_model, task_type=self.objective.task_type)
@@ -312,10 +352,13 @@ class AdapterTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             self.prefix.commit()
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                save_state(self.handle, folder)
+            # One after the other: what all gather together, none may come to while another is on its way out.
+            ranks.agreed(partial(super()._save_checkpoint, model, trial))
+            if self._writes() or ranks.count() > 1:
+                ranks.agreed(partial(self._save_state, folder))
         except (OSError, RuntimeError, CheckpointError) as error:  # torch reports a full disk as a RuntimeError
+            if ranks.is_lost(error) or isinstance(error, ranks.EchoError):
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self.args.output_dir).free / 2**20
             raise TrainingError(
@@ -328,6 +371,24 @@ class AdapterTrainer(Trainer):
         if self.args.should_save and folder.is_dir():
             # Last of all: a checkpoint without it was cut off by a kill and is not resumed from.
             files.write_text(folder / COMPLETE, json.dumps({"step": self.state.global_step}))
+
+    def _save_state(self, folder: Path) -> None:
+        if self._writes():
+            save_state(self.handle, folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self._own is not None
+        state, folder = whole_state(self._own.state_dict()), Path(output_dir)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, folder / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+
+        ranks.first(write)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -343,6 +404,8 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None:
             with _reading(checkpoint, "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
+                if self._own is not None:
+                    share_state(self._own)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
