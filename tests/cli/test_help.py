@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +23,20 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
+def _children() -> float:
+    """Seconds of the processor that ended children of this process have taken."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
 def test_help_answers_in_half_a_second(arguments: list[str]) -> None:
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        # Of the processor, not of the clock: another test runs beside this one.
+        started = _children()
         done = python("-m", "lorafit", *arguments)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(_children() - started)
         assert done.returncode == 0 and "Usage: lorafit" in done.stdout and not done.stderr
     assert min(seconds) < SECONDS
 
