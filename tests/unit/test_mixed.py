@@ -78,6 +78,9 @@ def test_both_ways_to_take_products_were_tried():
     }
     assert {name for name, steps in ways.items() if steps.segments} >= {"in runs", "far apart", "one with many"}
     assert ways["one with many"].batched is not None  # and what is over, by itself
+    scattered = Assignment(BATCHES["scattered"], CPU)
+    assert not scattered.steps(1).direct and scattered.steps(70).direct  # many tokens are not copied
+    assert [tuple(run) for run in Assignment([1, 1, None, 0, 1], CPU).runs] == [(1, 0, 2), (0, 3, 4), (1, 4, 5)]
 
 
 def test_width_weighs_made_up_rows_against_calls():

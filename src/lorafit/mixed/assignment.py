@@ -21,6 +21,8 @@ CALL = 4.0
 """What a product of its own costs beside its arithmetic, in microseconds: measured on a CPU."""
 ROW = 0.5
 """What the arithmetic of one row more costs, in microseconds, at rank 16 and a layer of 576 by 576."""
+COPY = 0.5
+"""What a row costs that is copied out of the batch and back into it, in microseconds, at a layer of 576 by 576."""
 FEW = 4
 """So many slots are always taken one after the other."""
 HOLES = 0.25
@@ -56,10 +58,17 @@ class Batched:
 
 
 class Steps(NamedTuple):
-    """The products of one layer: at most one batched, and the segments for the rest."""
+    """The products of one layer: at most one batched, and the segments for the rest.
+
+    Attributes:
+        batched: the one, if any.
+        segments: in the order of slots; of the batch itself where they are `direct`.
+        direct: whether segments are rows as they stand in the batch: nothing is copied then.
+    """
 
     batched: Batched | None
     segments: tuple[Segment, ...]
+    direct: bool = False
 
 
 class Assignment:
@@ -104,6 +113,17 @@ class Assignment:
             start = stop
         return tuple(found)
 
+    @cached_property
+    def runs(self) -> tuple[Segment, ...]:
+        """Rows of one slot that stand one after the other in the batch, in its order."""
+        found: list[Segment] = []
+        for row, slot in sorted(zip(self.rows, self.slots, strict=True)):
+            if found and found[-1].slot == slot and found[-1].stop == row:
+                found[-1] = Segment(slot, found[-1].start, row + 1)
+            else:
+                found.append(Segment(slot, row, row + 1))
+        return tuple(found)
+
     @property
     def used(self) -> tuple[int, ...]:
         """The slots that rows have, ascending."""
@@ -121,7 +141,8 @@ class Assignment:
         if len(groups) > FEW and compact(self.used):
             wide = width([group.stop - group.start for group in groups], tokens)
         if not wide:
-            return Steps(None, groups)
+            apart = self.run is None and tokens * COPY > CALL
+            return Steps(None, self.runs, direct=True) if apart else Steps(None, groups)
         over = (Segment(slot, start + wide, stop) for slot, start, stop in groups if stop - start > wide)
         return Steps(self._batched(wide), tuple(over))
 

@@ -178,11 +178,14 @@ class VectorPairs(Table):
             _into(y.view(-1, out), x.reshape(-1, inn), down, up)
             return
         tokens = x.numel() // max(1, rows * inn)
-        batched, segments = assignment.steps(tokens)
+        batched, segments, direct = assignment.steps(tokens)
+        y, x = y.view(rows, tokens, out), x.reshape(rows, tokens, inn)
         if batched is not None:
-            self._batched(y.view(rows, tokens, out), x.reshape(rows, tokens, inn), batched)
-        if segments:
-            self._segments(y.view(rows, tokens, out), x.reshape(rows, tokens, inn), segments, assignment)
+            self._batched(y, x, batched)
+        if direct:
+            self._in_place(y.view(-1, out), x.reshape(-1, inn), tokens, 0, segments)
+        elif segments:
+            self._segments(y, x, segments, assignment)
 
     def _batched(self, y: Tensor, x: Tensor, batched: Batched) -> None:
         slots, (_, tokens, out) = batched.last - batched.first, y.shape
@@ -196,13 +199,16 @@ class VectorPairs(Table):
         z = torch.bmm(h, up).view(-1, tokens, out)
         y.index_add_(0, batched.rows, z if batched.kept is None else z.index_select(0, batched.kept))
 
+    def _in_place(self, y: Tensor, x: Tensor, tokens: int, first: int, segments: tuple[Segment, ...]) -> None:
+        for slot, start, stop in segments:
+            part = slice((first + start) * tokens, (first + stop) * tokens)
+            _into(y[part], x[part], *self._each[slot])
+
     def _segments(self, y: Tensor, x: Tensor, segments: tuple[Segment, ...], assignment: Assignment) -> None:
         _, tokens, out = y.shape
         inn, run = x.shape[-1], assignment.run
         if run is not None:
-            xs, ys = x[slice(*run)].reshape(-1, inn), y[slice(*run)].view(-1, out)
-            for slot, start, stop in segments:
-                _into(ys[start * tokens : stop * tokens], xs[start * tokens : stop * tokens], *self._each[slot])
+            self._in_place(y.view(-1, out), x.reshape(-1, inn), tokens, run[0], segments)
             return
         xs = x.index_select(0, assignment.index).view(-1, inn)
         whole = sum(stop - start for _, start, stop in segments) == len(assignment.rows)
