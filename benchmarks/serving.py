@@ -12,7 +12,7 @@ from benchmarks import pictures, sections, stored
 from benchmarks.machine import ROOT
 from benchmarks.mixed import FLOOR, OURS, PEFT
 from benchmarks.report import where
-from benchmarks.sections import NOTHING, ratio, table, wrapped
+from benchmarks.sections import NOTHING, counted, ratio, table, wrapped
 from benchmarks.statistic import Spread, ratios
 from benchmarks.stored import say
 from lorafit import files
@@ -78,12 +78,14 @@ def run(options: Namespace) -> Path:
 
 def text(documents: Documents) -> str:
     """The page."""
-    parts = [HEAD, *_parts(documents), where(documents)]
+    absent = [prefix for prefix in WRITERS if not any(name.startswith(prefix) for name in documents)]
+    left = [f"Not measured yet: {', '.join(absent)}."] if absent else []
+    parts = [HEAD, *left, *_parts(documents), where(documents)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
 def _parts(documents: Documents) -> Iterator[str]:
-    for prefix, write in {"mixed": mixed, "throughput": throughput, "load": load}.items():
+    for prefix, write in WRITERS.items():
         for name, document in documents.items():
             if name.startswith(prefix):
                 yield write(document)
@@ -96,7 +98,15 @@ def mixed(document: Mapping[str, Any]) -> str:
     for phase, count, limit in BARS:
         ours, theirs = (_ratio(found[phase], f"{side}, {count}") for side in (OURS, PEFT))
         verdict = NOTHING if ours is None else "passed" if ours.median <= limit else "missed"
-        rows.append((f"{phase}, {count} adapters", f"≤ {limit:g}", ratio(ours, 2), verdict, ratio(theirs, 2)))
+        rows.append(
+            (
+                f"{phase}, {counted(count, 'adapter', 'adapters')}",
+                f"≤ {limit:g}",
+                ratio(ours, 2),
+                verdict,
+                ratio(theirs, 2),
+            )
+        )
     adding = {side: Spread.of(seconds) for side, seconds in found["added"].items()}
     verdict = "passed" if adding[OURS].median <= ADDING else "missed"
     theirs_adding = _seconds(adding[PEFT]) if PEFT in adding else NOTHING
@@ -206,3 +216,7 @@ def load(document: Mapping[str, Any]) -> str:
         "prompt with its adapter alone."
     )
     return f"## Many clients\n\n{wrapped(said)}\n\n{table(('what', 'measured'), rows)}\n"
+
+
+WRITERS = {"mixed": mixed, "throughput": throughput, "load": load}
+"""How the name of a measurement begins → what writes its part."""
