@@ -152,7 +152,10 @@ def _given(adapters: Sequence[str]) -> tuple[list[Path], dict[str, Path]]:
         path = Path(text) if not equals or Path(text).exists() else Path(rest)
         if not path.is_dir():
             raise CheckpointError(
-                "there is no such folder", where=f"--adapters {text}", expected="an adapter, or a directory of adapters"
+                "there is no such folder",
+                where=f"--adapters {text}",
+                expected="an adapter, or a directory of adapters",
+                fix="--adapters runs, where lorafit train puts them",
             )
         if path == Path(text):
             allowed.append(path)
