@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.quiet import quiet
 from benchmarks.throughput import tokens_as_text
+from lorafit.serve.apart import apart
 
 
 def model_of(name: str) -> Any:
@@ -106,14 +108,14 @@ WAYS: dict[str, Callable[[Any, torch.Tensor, int], float]] = {
 
 def tokens(options: argparse.Namespace) -> None:
     """Times of a token."""
-    model = model_of(options.case)
+    model = apart(lambda: model_of(options.case))
     for rows in options.rows:
         ids = torch.randint(model.config.vocab_size, (rows, options.cached))
         found: dict[str, list[float]] = {name: [] for name in WAYS}
         for _ in range(options.repeats):
             for name, way in WAYS.items():
                 try:
-                    found[name].append(way(model, ids, options.steps))
+                    found[name].append(apart(partial(way, model, ids, options.steps)))
                 except Exception as error:
                     print(f"  {rows} rows, {name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
         for name, seconds in found.items():
@@ -130,7 +132,7 @@ def portions(options: argparse.Namespace) -> None:
     from lorafit.serve.limits import Limits
     from lorafit.serve.requests import Asked, Piece, Sampling
 
-    model = model_of(options.case)
+    model = apart(lambda: model_of(options.case))
     text, chance = tokens_as_text(model.config.vocab_size), random.Random(0)
     for chunk in (512, options.prompt):
         engine = Engine(model, AdapterBank(model), Limits(chunk=chunk))

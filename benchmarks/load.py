@@ -293,6 +293,8 @@ def server(model: Path | str, adapters: Path, threads: int, *more: str) -> Itera
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def resident(pid: int) -> int:

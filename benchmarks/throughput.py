@@ -70,17 +70,18 @@ def measured(
     """One measurement, in the process that this is called in."""
     import torch
 
+    from lorafit.serve.apart import apart
     from lorafit.serve.bank import AdapterBank
 
     torch.set_num_threads(threads)
     chance = random.Random(seed)
-    model = Case(**case).model(seed).eval()
+    model = apart(lambda: Case(**case).model(seed).eval())
     model.config.use_cache = True
     points: dict[int, dict[str, Any]] = {
         count: {"adapters": count, "tokens_per_second": [], "resident_bytes": 0, "process_bytes": 0} for count in COUNTS
     }
     with tempfile.TemporaryDirectory() as root:
-        folders = list(saved(model, Path(root), DIFFERENT, rank).values())
+        folders = apart(lambda: list(saved(model, Path(root), DIFFERENT, rank).values()))
         for repeat in range(repeats):
             order = list(COUNTS)
             chance.shuffle(order)

@@ -86,6 +86,7 @@ def prepare(wanted: Wanted, screen: Screen) -> Prepared:
         LorafitError: what was asked for cannot be served.
     """
     from lorafit.cli.adapters import computing_device
+    from lorafit.serve.apart import apart
     from lorafit.serve.bank import AdapterBank
     from lorafit.serve.engine import Engine, Limits
     from lorafit.serve.http import Options, application
@@ -108,10 +109,15 @@ def prepare(wanted: Wanted, screen: Screen) -> Prepared:
     folders = Folders(allowed, base=base, named=named)
     device = computing_device()
     storage = _storage(found, wanted.quantise)
-    model, told = load_base(storage, located, choose_dtype(wanted.dtype or "auto", device))
+    dtype = choose_dtype(wanted.dtype or "auto", device)
+
+    def loaded() -> tuple[Any, str]:
+        model, told = load_base(storage, located, dtype)
+        return model.to(device), told
+
+    model, told = apart(loaded)
     if told:
         screen.say(told)
-    model.to(device)
     tokenizer = load_tokenizer(located)
     bank = AdapterBank(model, limit=None if wanted.memory is None else parse_memory(wanted.memory))
     names = _register(folders, bank, screen)

@@ -86,7 +86,8 @@ class Engine:
     """Answers requests with one model and many adapters.
 
     Args:
-        model: a causal language model of transformers; it is put into evaluation mode.
+        model: a causal language model of transformers; it is put into evaluation mode. On a CPU a thread that has
+            computed slows the engine's down for as long as it lives: load the model with `lorafit.serve.apart.apart`.
         bank: its adapters.
         limits: how much is done at once.
 
