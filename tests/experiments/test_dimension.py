@@ -193,6 +193,33 @@ def test_rates_climb(tried: dict[float, float | None], lean: int, expected: floa
     assert next_rate(tried, 1.0, lean, 3) == expected
 
 
+def test_rates_that_did_harm_go_down_whatever_lies_above() -> None:
+    assert next_rate({1.0: 0.8}, 1.0, 1, 3, untrained=0.7) == 0.333
+    assert next_rate({1.0: 0.8, 0.333: 0.75, 0.111: 0.71}, 1.0, 1, 3, untrained=0.7) == 0.037  # a rescue
+    assert next_rate({1.0: 0.8, 0.333: 0.6}, 1.0, 1, 3, untrained=0.7) == 0.111
+    assert next_rate({1.0: 0.8, 0.333: 0.75, 0.111: 0.6}, 1.0, 1, 3, untrained=0.7) is None
+    assert next_rate({1.0: 0.8}, 1.0, 1, 3) == 3.0
+
+
+def test_a_d_whose_neighbours_rate_does_harm_there_is_not_given_up() -> None:
+    """At large d the good rates may be lower than the neighbour's times sqrt(d / d'), where steps of it do harm."""
+    plain = task(20_000)
+
+    def answer(asked: Try) -> Seen:
+        ideal = 0.4 * math.sqrt(1000 / asked.d) / (9 if asked.d > 30_000 else 1)
+        if asked.rate > 3 * ideal:
+            return Seen(1.2, 0.0)  # worse than no training
+        return plain(Try(asked.d, asked.rate * 9 if asked.d > 30_000 else asked.rate, asked.seed))
+
+    search = Search(PLAN, 0.9, untrained=1.0)
+    while wanted := search.ask():
+        for one in wanted:
+            search.tell(one, answer(one))
+    found = search.found()
+    assert found.d is not None and 8000 < found.d < 60_000
+    assert min(answer.validation or 0 for one, answer in search.seen.items() if one.d > 30_000) < 1.0
+
+
 def test_the_side_on_which_a_better_rate_may_lie() -> None:
     assert leaning({1.0: 0.5}) == 1
     assert leaning({1.0: 0.4, 3.0: 0.5}) == -1

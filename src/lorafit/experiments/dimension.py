@@ -249,7 +249,7 @@ class Measuring:
         question, reference = self.question, self.question.reference
         first, *further = question.plan.seeds
         losses: dict[float, float | None] = {}
-        while (rate := next_rate(losses, reference.guess, 1, question.plan.rates)) is not None:
+        while (rate := next_rate(losses, reference.guess, 1, question.plan.rates, self._untrained())) is not None:
             name = f"{reference.name}/rate-{rate:.2e}/seed-{first}"
             self.tried[rate] = name
             self._run([self._trial(name, reference.settings, first, rate, reference.kind)])
@@ -273,7 +273,7 @@ class Measuring:
     def _subspaces(self) -> None:
         base, full = mean(self.scored(self.base)), mean(self.scored(self.full))
         threshold = self.measurements().threshold(base, full)
-        self.search = Search(self.question.plan, threshold)
+        self.search = Search(self.question.plan, threshold, self._untrained())
         while asked := self.search.ask():
             for one in asked:
                 self.trials[one] = self._name(one)
@@ -284,6 +284,11 @@ class Measuring:
                 for name, one in made.items():
                     if name in self.results:
                         self.search.tell(one, self._seen(name))
+
+    def _untrained(self) -> float:
+        """The validation loss of the base with the seed of the search."""
+        validation = _validation(self.results[self.base[0]])
+        return math.inf if validation is None else validation
 
     # Trials ------------------------------------------------------------------
 

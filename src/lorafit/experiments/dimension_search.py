@@ -21,7 +21,7 @@ STEP = 8.0
 NEAR = 1.25
 """The search ends where the d on either side of the threshold are no farther apart than this factor."""
 RESCUES = 3
-"""Lower rates that are tried beyond the planned number where every rate diverged."""
+"""Lower rates that are tried beyond the planned number where no rate was of any use."""
 
 
 class Try(NamedTuple):
@@ -125,18 +125,21 @@ def crossing(places: Sequence[int], scores: Sequence[float], weights: Sequence[f
     return Crossing(low, high, low * (high / low) ** share)
 
 
-def next_rate(tried: Mapping[float, float | None], guess: float, lean: int, most: int) -> float | None:
+def next_rate(
+    tried: Mapping[float, float | None], guess: float, lean: int, most: int, untrained: float = math.inf
+) -> float | None:
     """The next learning rate of a climb by `FACTOR`; None where it is over.
 
     Args:
         tried: rate → validation loss, None where training diverged.
         guess: the first one.
         lean: the side on which the second one lies, 1 for higher and -1 for lower.
-        most: so many in all, and `RESCUES` lower ones where all diverged.
+        most: so many in all, and `RESCUES` lower ones where all diverged or did harm.
+        untrained: the validation loss without training. Steps that end above it were too long, whatever lies beyond.
     """
     if not tried:
         return rounded(guess)
-    good = {rate: loss for rate, loss in tried.items() if loss is not None}
+    good = {rate: loss for rate, loss in tried.items() if loss is not None and loss < untrained}
     if not good:
         return rounded(min(tried) / FACTOR) if len(tried) < most + RESCUES else None
     if len(tried) >= most:
@@ -176,11 +179,13 @@ class Search:
     Attributes:
         plan: how far it may go.
         threshold: the score to reach.
+        untrained: the validation loss without training.
         seen: all answers so far.
     """
 
     plan: Plan
     threshold: float
+    untrained: float = math.inf
     seen: dict[Try, Seen] = field(default_factory=dict)
 
     def tell(self, asked: Try, answer: Seen) -> None:
@@ -240,12 +245,12 @@ class Search:
         plan, others = self.plan, [one for one in self.places() if one != d and self.best(one) is not None]
         tried = self.rates(d)
         if not others:
-            return next_rate(tried, plan.guess * math.sqrt(plan.start / d), 1, plan.rates)
+            return next_rate(tried, plan.guess * math.sqrt(plan.start / d), 1, plan.rates, self.untrained)
         neighbour = min(others, key=lambda one: (abs(math.log(one / d)), one))
         best = self.best(neighbour)
         assert best is not None
         lean = leaning(self.rates(neighbour))
-        return next_rate(tried, best * math.sqrt(neighbour / d), lean, max(1, plan.rates - 1))
+        return next_rate(tried, best * math.sqrt(neighbour / d), lean, max(1, plan.rates - 1), self.untrained)
 
     def _place(self) -> int | None:
         """The next d; None where the search has come near enough or its points are spent."""
