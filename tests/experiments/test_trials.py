@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lorafit.errors import CheckpointError, ConfigError
+from lorafit.experiments import ray_runner
 from lorafit.experiments.ray_runner import Ray
 from lorafit.experiments.runner import Local
 from lorafit.experiments.trial import RESULT, Kind, Result, Trial, finished, keep, run_trial
@@ -144,7 +146,7 @@ def test_a_trial_whose_machines_are_lost_is_a_result(settings, tmp_path, monkeyp
     )
     ray = SimpleNamespace(
         is_initialized=lambda: True,
-        remote=lambda **_: lambda _: SimpleNamespace(remote=lambda trial, folder: trial.name),
+        remote=lambda **_: lambda _: SimpleNamespace(remote=lambda trial, folder, here: trial.name),
         wait=lambda waiting, num_returns: (waiting[:num_returns], waiting[num_returns:]),
         get=get,
         exceptions=errors,
@@ -155,6 +157,16 @@ def test_a_trial_whose_machines_are_lost_is_a_result(settings, tmp_path, monkeyp
     lost = "its process was lost each time: WorkerCrashedError: The worker died unexpectedly."
     assert [(one.name, one.failed) for one in results] == [("one", lost), ("two", lost)]
     assert [finished(trial, tmp_path) for trial in trials] == results
+
+
+def test_a_clusters_task_reads_relative_paths_as_the_command_does(settings, tmp_path, monkeypatch):
+    (tmp_path / "asked").mkdir()
+    seen = []
+    monkeypatch.chdir(tmp_path)  # where the cluster's process is; undone at the end
+    monkeypatch.setattr(ray_runner, "run_trial", lambda *_: seen.append(Path.cwd()))
+    ray_runner._run(Trial("one", settings()), str(tmp_path), str(tmp_path / "asked"))
+    ray_runner._run(Trial("one", settings()), str(tmp_path), str(tmp_path / "not on this machine"))
+    assert seen == [tmp_path / "asked", tmp_path / "asked"]
 
 
 def test_a_trial_without_room_is_a_result(settings, sums, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -40,6 +41,7 @@ class Ray(Runner):
             ) from error
         self._ray: Any = ray
         self._folder = folder.absolute()
+        self._here = Path.cwd()
         self._notify = notify
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
@@ -50,7 +52,7 @@ class Ray(Runner):
         done = [finished(trial, self._folder) for trial in trials]
         yield from (each for each in done if each is not None)
         open_ = [trial for trial, each in zip(trials, done, strict=True) if each is None]
-        waiting = {self._task.remote(trial, str(self._folder)): trial for trial in open_}
+        waiting = {self._task.remote(trial, str(self._folder), str(self._here)): trial for trial in open_}
         for trial in open_:
             self._notify(f"runs {trial.name}")
         try:
@@ -87,6 +89,8 @@ class Ray(Runner):
         return result
 
 
-def _run(trial: Trial, folder: str) -> None:
-    """The task."""
+def _run(trial: Trial, folder: str, here: str) -> None:
+    """The task; paths that are relative are so to the directory in which the command was given, where there is one."""
+    if Path(here).is_dir():
+        os.chdir(here)  # the process ends with its trial
     run_trial(trial, Path(folder), print)
