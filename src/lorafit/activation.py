@@ -8,6 +8,7 @@ from torch import nn
 
 from lorafit.adapted import bank_of, banks, check_together, rescales, walk
 from lorafit.errors import StateError, nearest, some
+from lorafit.layers import copy_of
 
 
 def active_names(model: nn.Module, known: Sequence[str]) -> tuple[str, ...]:
@@ -125,4 +126,21 @@ def check_in_place(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], n
                 found="another module, without the adapter" if bank is not None else "no adapter",
                 expected="the module that was adapted",
                 fix="resize, convert or replace layers first, then attach",
+            )
+
+
+def check_read(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], doing: str) -> None:
+    """Raises `StateError` for a layer of which the model reads a copy, as that of diffusers' fused projections."""
+    for path, module in modules:
+        try:
+            copied = copy_of(model.get_submodule(path.rpartition(".")[0]), module)
+        except AttributeError:  # gone with all that was around it: nobody reads it
+            continue
+        if copied is not None:
+            raise StateError(
+                f"the projections were fused after the adapter was attached; cannot {doing}",
+                where=path,
+                found=f"{copied!r}, which holds a copy of this weight and is called instead of it",
+                expected="projections that are not fused",
+                fix="unfuse_qkv_projections() first; fuse again after merging, when the copies are of merged weights",
             )

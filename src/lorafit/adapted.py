@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorafit.errors import StateError, some
 from lorafit.kernels.precision import autocasts
 from lorafit.kernels.siblings import Member
-from lorafit.layers import Acting, Mixing, Site, TensorSite, site_class, site_of
+from lorafit.layers import Acting, FollowingSite, Mixing, Site, TensorSite, site_class, site_of
 from lorafit.memo import STEPS
 from lorafit.method import Adapter
 from lorafit.sharded import in_parts
@@ -131,7 +131,21 @@ def _adapted(base: ModuleClass, kind: type[Site], make: Generator) -> ModuleClas
         site = kind(self)
         return site.forward(input, base.forward, bank.updates(site))
 
-    made = _generate("Adapted", base, forward, make)
+    def following(self: Any, input: Tensor, *more: Any, **named: Any) -> Tensor:  # noqa: A002
+        if not more and not named:
+            return forward(self, input)
+        bank, site = self._modules[BANK], kind(self)
+        assert isinstance(site, FollowingSite)
+        result: Tensor
+        if bank.mixing is not None:
+            result = bank.mixing.output(self, base.forward, input, *more, **named)
+        elif bank.acting:
+            result = site.called(input, base.forward, bank.updates(site), more, named)
+        else:
+            result = base.forward(self, input, *more, **named)
+        return result
+
+    made = _generate("Adapted", base, following if issubclass(kind, FollowingSite) else forward, make)
     made._lorafit_site = kind  # type: ignore[attr-defined]
     return made
 

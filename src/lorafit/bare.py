@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafit import store
 from lorafit.errors import CheckpointError, some
 from lorafit.layers.hollow import hollow_layer, hollow_table
-from lorafit.layouts import parse
+from lorafit.layouts import PAIRS, parse
 from lorafit.layouts.lora import EMBEDDING, MATRIX
 from lorafit.peft_layout import BASE, PREFIX
 
@@ -35,6 +35,14 @@ def bare_model(path: str | Path, name: str = "default") -> nn.Module:
     """
     stored = store.read(Path(path), name)
     layout, parsed, _ = parse(stored.config, stored.config_path)
+    if layout is PAIRS:
+        raise CheckpointError(
+            "the file does not tell which of its convolutions are transposed, or in groups",
+            where=stored.weights_path,
+            found=f"type {layout.peft_type}",
+            expected="the base model",
+            fix="give it, too: --base, or --model with its directory or name",
+        )
     locate = layout.locator(parsed)
     sites: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, dict[str, Tensor]] = {}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lorafit.layouts import LORAFIT, layout_for
+from lorafit.layouts import LORAFIT, PAIRS, layout_for
 from lorafit.peft_layout import Description
 
 UNKNOWN = "unknown"
@@ -20,7 +20,7 @@ def model_card(description: Description) -> str:
         title=f"{description.method.name} adapter",
         sites=len(description.sites),
         settings=description.method.settings(),
-        peft=layout_for(description) is not LORAFIT,
+        peft=layout_for(description) not in (LORAFIT, PAIRS),
     )
 
 
@@ -54,7 +54,7 @@ def _card(
     front = ["---", *([] if base is None else [f"base_model: {json.dumps(base)}"])]
     front += [f"library_name: {'peft' if peft else 'lorafit'}", "tags:", *(f"- {tag}" for tag in tags), "---"]
     layers = "layers" if sites is None else f"{sites} layers"
-    layout = "in the file layout of PEFT" if peft else "in lorafit's own file layout: PEFT has none for this method"
+    layout = "in the file layout of PEFT" if peft else "in lorafit's own file layout, which PEFT does not read"
     rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
     text = f"""{chr(10).join(front)}
 

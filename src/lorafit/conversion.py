@@ -25,10 +25,11 @@ from lorafit.compress import NOTICED, Squeezed, TruncationWarning, relative, squ
 from lorafit.delta import LowRank
 from lorafit.errors import CheckpointError, LorafitWarning, MergeError
 from lorafit.fitting import copy_into
-from lorafit.layouts import ADALORA, LORA, VERA, Layout, Ours, config_of, parse, tensors_of
+from lorafit.layouts import ADALORA, LORA, PAIRS, VERA, Layout, Ours, config_of, parse, tensors_of
 from lorafit.layouts.base import Record, split
 from lorafit.layouts.lora import EMBEDDING, MAGNITUDES, MATRIX, alpha_for, scale_at
 from lorafit.layouts.own import OWN
+from lorafit.layouts.pairs import transposed
 from lorafit.layouts.vera import projection
 from lorafit.method import Around, Method
 from lorafit.methods import describe, validate
@@ -124,9 +125,11 @@ def _from_model(model: nn.Module, source: Path, target: Path, r: int | None) -> 
         base_model=config.get("base_model_name_or_path"),
         task_type=config.get("task_type"),
     )
-    settings = {key: value for key, value in config_of(description).items() if key != OWN}
+    if transposed(placed):
+        raise _no_plain_form(source)
+    settings = {key: value for key, value in config_of(description, LORA).items() if key != OWN}
     settings |= _errors(made, describe(ready.method))
-    store.write_parts(target, settings, tensors_of(description), plain_card(settings))
+    store.write_parts(target, settings, tensors_of(description, LORA), plain_card(settings))
 
 
 def _squeezed(ready: Ready, path: str, r: int | None) -> tuple[Squeezed, float]:
@@ -197,6 +200,10 @@ class Pair:
 
 def _from_file(stored: Stored, target: Path, r: int | None) -> None:
     layout, parsed, own = parse(stored.config, stored.config_path)
+    if layout is PAIRS:
+        if (stored.config.get(OWN) or {}).get("transposed"):
+            raise _no_plain_form(stored.config_path.parent)
+        raise _needs_model(stored, "A of its convolutions in groups sees the channels of its own group alone")
     if layout not in (LORA, ADALORA, VERA) or isinstance(parsed.method, DoRA):
         raise _needs_model(stored, f"what {dependent(parsed.method).name} changes depends on the model's weights")
     settings = {key: value for key, value in stored.config.items() if key != OWN}
@@ -229,6 +236,15 @@ def dependent(method: Method) -> Method:
     while isinstance(method, Around) and not isinstance(method, DoRA):
         method = method.within
     return method
+
+
+def _no_plain_form(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        "it changes a transposed convolution, and the plain LoRA that every reader knows has none for such a layer",
+        where=folder,
+        expected="linear layers, embeddings and convolutions",
+        fix="merge it: lorafit.load(model, folder), then merge_and_detach()",
+    )
 
 
 def _needs_model(stored: Stored, why: str) -> CheckpointError:

@@ -371,6 +371,7 @@ class Handle:
 
     def _restore(self) -> None:
         assert self._folded is not None
+        activation.check_read(self.model, self._modules(), "unmerge")
         for row in reversed(self._folded):
             row.undo()
         self._folded = None
@@ -420,7 +421,7 @@ class Handle:
     # Files
 
     def save(self, path: str | Path, *, base_model: str | None = None, task_type: str | None = None) -> Path:
-        """Writes the adapter in PEFT's layout: adapter_config.json, adapter_model.safetensors, README.md.
+        """Writes the adapter in PEFT's layout, if it fits: adapter_config.json, adapter_model.safetensors, README.md.
 
         Args:
             path: a folder; an adapter whose name is not "default" goes into its sub-folder of that name, as PEFT's do.

@@ -138,9 +138,10 @@ class _Meter:
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
+            more, named = args[1:], {key: value for key, value in kwargs.items() if args or key != "input"}
             # In full precision: squares of small numbers would vanish in float16, and sums would stall.
             with torch.autocast(x.device.type, enabled=False):
-                squares = _change(site, adapter, x, output).square()
+                squares = _change(site.beside(more, named), adapter, x, output, more, named).square()
                 axis = squares.dim() - site.channel(squares.new_empty(site.shape.out)).dim()
                 self.sums[path] += float(_kept(squares.sum(axis), self.mask, path).sum())
                 whole = output.detach().to(squares.dtype).square().sum(axis)
@@ -149,8 +150,19 @@ class _Meter:
         return add
 
 
-def _change(site: Site, adapter: Adapter, x: Tensor, output: Tensor) -> Tensor:
-    """What an adapter's update changes of a layer's output for x, in at least single precision."""
+def _change(
+    site: Site, adapter: Adapter, x: Tensor, output: Tensor, more: tuple[Any, ...], named: Mapping[str, Any]
+) -> Tensor:
+    """What an adapter's update changes of a layer's output for x, in at least single precision.
+
+    Args:
+        site: the layer in that call.
+        adapter: its adapter.
+        x: its input.
+        output: what it gave.
+        more: what it was given beside x.
+        named: the same, by name.
+    """
     update = adapter.update(site.weight)
     dtype = torch.promote_types(output.dtype, torch.float32)
     if update.gain is None:
@@ -158,7 +170,7 @@ def _change(site: Site, adapter: Adapter, x: Tensor, output: Tensor) -> Tensor:
     else:
         weight = site.raw_weight
         base = x.to(weight.dtype) if x.is_floating_point() else x
-        y = plain_class(site.module).forward(site.module, base).to(dtype)
+        y = plain_class(site.module).forward(site.module, base, *more, **named).to(dtype)
     return apply(site, x.to(dtype) if x.is_floating_point() else x, y, [Acting(update, 0.0)]) - y
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lorafit.activation import check_read
 from lorafit.adapted import bank_of, banks, rescales
 from lorafit.delta import LowRank
 from lorafit.errors import LorafitWarning, MergeError, some
@@ -132,7 +133,9 @@ def fold(
 
     Raises:
         MergeError: a shared weight, or values that are not finite in the weight's own precision.
+        StateError: a weight that the model does not read, since another layer has a copy of it.
     """
+    check_read(model, [(path, site.module) for path, site in sites.items()], "merge")
     rounding = _Rounding()
     rows = [*_site_rows(sites, name, rounding), *_copy_rows(copies, name)]
     shared = shared_memory(model, [(row.name, row.module, row.tensor) for row in rows])

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorafit.adapted import BANK, bank_of, banks, plain_class, walk
 from lorafit.errors import ConfigError, StateError, TargetError, nearest, some
-from lorafit.layers import Site, bypass, own_forward, packed, site_class, site_of
+from lorafit.layers import KINDS, Site, bypass, packed, site_class, site_of, unfollowed
 from lorafit.method import Adapter, Method, Spot
 from lorafit.patterns import Patterns, heads, inside
 from lorafit.shared import shared_memory
@@ -153,7 +153,7 @@ def choose(
         raise TargetError(
             "no layer is left to adapt",
             found=f"targets={targets!r}, exclude={exclude!r}; layers with weights: {some(kinds, 8)}",
-            expected="at least one Linear, Embedding, Conv1d, Conv2d, Conv3d or HF Conv1D",
+            expected=f"at least one {KINDS}",
             fix=f"targets={[path.rpartition('.')[2] for path in known[:1]]!r}"
             if known
             else "use a model with such layers",
@@ -186,7 +186,7 @@ def _adaptable(path: str, modules: Modules) -> bool:
             "a matched module cannot be adapted",
             where=path,
             found=base.__name__,
-            expected="Linear, Embedding, Conv1d, Conv2d, Conv3d or HF Conv1D",
+            expected=KINDS,
             near=nearest(path, known),
             fix=f"exclude=[{path!r}], or a narrower pattern",
         )
@@ -196,8 +196,8 @@ def _adaptable(path: str, modules: Modules) -> bool:
 
 def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site], parent: nn.Module | None) -> None:
     """Raises `TargetError` for a layer of a known type on which an adapter would be wrong or without effect."""
-    reason = bypass(parent) if parent is not None else None
-    own = own_forward(base)
+    reason = bypass(parent, module) if parent is not None else None
+    own = unfollowed(base)
     if own is not None:
         reason = (
             f"{own} has a forward of its own, which a low-rank path for {kind.kind} would not follow",
@@ -209,7 +209,7 @@ def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site]
             "attach first, then dispatch: load without device_map, attach, then accelerate.dispatch_model",
         )
     elif reason is None:
-        reason = _weight_objection(path, module) or _taken(module, whole=False) or site_of(module).objection()
+        reason = _weight_objection(path, module) or _taken(module, whole=False) or site_of(module).objection(path)
     if reason is not None:
         raise TargetError(
             "this layer cannot be adapted", where=path, found=f"{base.__name__}: {reason[0]}", fix=reason[1]
@@ -219,7 +219,7 @@ def refuse(path: str, module: nn.Module, base: type[nn.Module], kind: type[Site]
 def refuse_copy(path: str, modules: Modules) -> None:
     """Raises `TargetError` for a module of which a trained copy could not act."""
     module, parent = modules.by_path[path], modules.parents[path]
-    passed = None if parent is None else bypass(parent)
+    passed = None if parent is None else bypass(parent, module)
     reason = _taken(module, whole=True) if passed is None else (passed[0], "name the module around it instead")
     if reason is None and any(packed(inner) for _, inner, _ in walk(module)):
         reason = (

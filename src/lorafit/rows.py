@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorafit.adapted import Bank, adapting, bank_of, by_copy, mix, replaced, unmix, walk
 from lorafit.errors import ConfigError, StateError, nearest, some
 from lorafit.kernels.scratch import transformed
-from lorafit.layers import Mixing, Site, apply, site_of
+from lorafit.layers import Mixing, Site, alone, apply, site_of
 from lorafit.memo import STEPS
 from lorafit.method import Adapter, Sharing
 from lorafit.mixed.assignment import Assignment
@@ -190,7 +190,7 @@ class SiteRows(Mixing):
         self._tables: list[tuple[Table, Assignment]] | None = []
 
     def output(self, module: nn.Module, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        (x,) = args
+        x = alone(self._path, args, kwargs)
         self._batch.check(self._path, x)
         _check_standing(self._path, self._bank, self._before)
         y: Tensor = base(module, x)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafit.adapted import walk
@@ -24,7 +25,7 @@ def shared_memory(model: nn.Module, rows: Iterable[tuple[str, nn.Module, Tensor]
     seen: set[tuple[int, str]] = set()
     for path, module, _ in walk(model):
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or tensor.numel() == 0 or (id(module), key) in seen:
+            if tensor is None or is_lazy(tensor) or tensor.numel() == 0 or (id(module), key) in seen:
                 continue
             seen.add((id(module), key))
             holders[_memory(tensor)].append((f"{path}.{key}", module, tensor))

@@ -101,12 +101,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, list[str]]] = {
     "own-forward": (
         lambda: nn.Sequential(Doubled(6, 8)),
         ["0"],
-        ["Doubled has a forward of its own", "where:    0", "exclude=['0']"],
+        ["Doubled has a forward of its own", "its bias is not added as it is", "where:    0", "exclude=['0']"],
     ),
     "own-inner-forward": (
         lambda: nn.Sequential(Standardised(3, 4, 3)),
         ["0"],
-        ["Standardised has a forward of its own", "Conv2d", "exclude=['0']"],
+        ["Standardised has a forward of its own", "Conv2d", "not linear in its weight", "exclude=['0']"],
     ),
     "instance-forward": (instance_forward, ["0"], ["replaced on this one object", "attach first, then dispatch"]),
     "meta": (on_meta, "all-linear", ["meta device", "load the weights, then attach"]),
@@ -127,7 +127,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, list[str]]] = {
         ["cannot be adapted", "Bilinear", "Linear, Embedding, Conv1d", "exclude=['0']"],
     ),
     "recurrent": (lambda: nn.ModuleDict({"rnn": nn.LSTM(3, 3)}), ["rnn"], ["cannot be adapted", "LSTM"]),
-    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), ["0"], ["cannot be adapted", "ConvTranspose2d"]),
     "nothing-there": (lambda: nn.Sequential(nn.ReLU()), "all-linear", ["no layer is left"]),
     "no-weights": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(3, 3)), ["0"], ["no layer is left", "targets=['1']"]),
 }

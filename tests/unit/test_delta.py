@@ -116,4 +116,4 @@ def test_a_matrix_and_its_place_in_the_weight(layer):
     assert site.weight().shape == (site.shape.out, site.shape.inn)
     assert torch.equal(site.unfold(site.weight()), site.raw_weight)
     assert site.weight().untyped_storage().data_ptr() == site.raw_weight.untyped_storage().data_ptr()  # a view
-    assert site.objection() is None
+    assert site.objection("layer") is None

@@ -10,15 +10,20 @@ import torch
 from torch import nn
 
 from lorafit.layers.convolution import Conv1dSite, Conv2dSite, Conv3dSite, ConvSite
+from lorafit.layers.following import FollowingSite, genuine, overriding
 from lorafit.layers.foreign import Bits4Site, Bits8Site, TensorSite, bitsandbytes_layers, is_torchao
+from lorafit.layers.fused import copy_of
 from lorafit.layers.lookup import EmbeddingSite, sparse
-from lorafit.layers.mixing import Mixing
+from lorafit.layers.mixing import Mixing, alone
+from lorafit.layers.own import OwnConv1dSite, OwnConv2dSite, OwnConv3dSite, OwnConvSite, OwnLinearSite, OwnSite
 from lorafit.layers.packed import Int8Conv1DSite, Int8LinearSite, PackedSite, Stored
 from lorafit.layers.site import Acting, BaseForward, Made, Shape, Site, apply
+from lorafit.layers.transposed import ConvTranspose1dSite, ConvTranspose2dSite, ConvTranspose3dSite, TransposedSite
 from lorafit.layers.vector import Conv1DSite, LinearSite, VectorSite
 from lorafit.quant.modules import Int8InOut, Int8OutIn
 
 __all__ = [
+    "KINDS",
     "SITES",
     "Acting",
     "BaseForward",
@@ -29,26 +34,36 @@ __all__ = [
     "Conv2dSite",
     "Conv3dSite",
     "ConvSite",
+    "ConvTranspose1dSite",
+    "ConvTranspose2dSite",
+    "ConvTranspose3dSite",
     "EmbeddingSite",
+    "FollowingSite",
     "Int8Conv1DSite",
     "Int8LinearSite",
     "LinearSite",
     "Made",
     "Mixing",
+    "OwnConvSite",
+    "OwnSite",
     "PackedSite",
     "Shape",
     "Site",
     "Sites",
     "Stored",
     "TensorSite",
+    "TransposedSite",
     "VectorSite",
+    "alone",
     "apply",
     "bypass",
+    "copy_of",
     "own_forward",
     "packed",
     "site_class",
     "site_of",
     "sparse",
+    "unfollowed",
 ]
 
 SITES: dict[type[nn.Module], type[Site]] = {
@@ -57,7 +72,21 @@ SITES: dict[type[nn.Module], type[Site]] = {
     nn.Conv1d: Conv1dSite,
     nn.Conv2d: Conv2dSite,
     nn.Conv3d: Conv3dSite,
+    nn.ConvTranspose1d: ConvTranspose1dSite,
+    nn.ConvTranspose2d: ConvTranspose2dSite,
+    nn.ConvTranspose3d: ConvTranspose3dSite,
 }
+
+OWN: dict[type[Site], type[Site]] = {
+    LinearSite: OwnLinearSite,
+    Conv1dSite: OwnConv1dSite,
+    Conv2dSite: OwnConv2dSite,
+    Conv3dSite: OwnConv3dSite,
+}
+"""A site of torch's own forward → the site of a class that has another one."""
+
+KINDS = f"{', '.join(site.kind for site in SITES.values())} or {Conv1DSite.kind}"
+"""The layers that can be adapted, for errors."""
 
 
 def _known() -> Iterator[tuple[type, type[Site]]]:
@@ -74,9 +103,10 @@ def _known() -> Iterator[tuple[type, type[Site]]]:
 
 def site_class(kind: type[nn.Module]) -> type[Site] | None:
     """The site class for modules of type `kind`, or None for a type that the library does not know."""
+    kind = genuine(kind)
     for base, site in _known():
         if issubclass(kind, base):
-            return site
+            return site if overriding(kind, base) is None else OWN.get(site, site)
     return None
 
 
@@ -111,8 +141,14 @@ class Sites(Mapping[str, Site]):
         return len(self._modules)
 
 
-def bypass(parent: nn.Module) -> tuple[str, str] | None:
+def bypass(parent: nn.Module, module: nn.Module) -> tuple[str, str] | None:
     """Why a layer directly inside `parent` would be read without its forward being called, and what mends it."""
+    copied = copy_of(parent, module)
+    if copied is not None:
+        return (
+            f"diffusers has fused it with others into {copied!r}, and calls that alone: an adapter would do nothing",
+            "unfuse_qkv_projections() first; fuse again once the adapter is merged",
+        )
     if isinstance(parent, nn.MultiheadAttention):
         return (
             "torch.nn.MultiheadAttention reads this layer's weight and never calls its forward: "
@@ -121,8 +157,9 @@ def bypass(parent: nn.Module) -> tuple[str, str] | None:
         )
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return (
-            "torch.nn.TransformerEncoderLayer reads this layer's weight directly on its inference fast path: "
-            "an adapter would act in training and do nothing in evaluation",
+            "torch.nn.TransformerEncoderLayer reads this layer's weight directly on its inference fast path, which "
+            "torch.backends.mha.set_fastpath_enabled(False) turns off: an adapter would act in training and do nothing "
+            "in evaluation",
             "call torch.backends.mha.set_fastpath_enabled(False) before attaching",
         )
     return None
@@ -135,11 +172,12 @@ def own_forward(kind: type[nn.Module]) -> str | None:
     """
     for base, site in _known():
         if issubclass(kind, base):
-            if site.packed:
-                return None  # a stored form has a forward of its own, which its site follows
-            for method in ("forward", "_conv_forward"):
-                owner = next((c for c in kind.__mro__ if method in vars(c)), None)
-                if owner is not None and not issubclass(base, owner):
-                    return owner.__qualname__
-            return None
+            # A stored form has a forward of its own, which its site follows.
+            return None if site.packed else overriding(kind, base)
     return None
+
+
+def unfollowed(kind: type[nn.Module]) -> str | None:
+    """The same for types whose sites do not follow another forward: what they compute cannot even be tried."""
+    site = site_class(kind)
+    return None if site is None or issubclass(site, FollowingSite) else own_forward(kind)

@@ -100,7 +100,7 @@ class Bits4Site(ForeignSite):
         module: Any = self.module
         return self.stored(x.dtype if module.compute_dtype is None else module.compute_dtype)
 
-    def objection(self) -> tuple[str, str] | None:
+    def objection(self, path: str) -> tuple[str, str] | None:
         if self.raw_weight.quant_state is None:  # type: ignore[attr-defined]
             return ("its weight is not quantised yet", "move the model to its device first: model.to(device)")
         return None
@@ -139,7 +139,7 @@ class Bits8Site(ForeignSite):
         out, inn = module.weight.shape
         return Formed(module.weight, (out, inn), dtype, lambda values: values * (top[:, None] / 127))
 
-    def objection(self) -> tuple[str, str] | None:
+    def objection(self, path: str) -> tuple[str, str] | None:
         if self.raw_weight.dtype != torch.int8:
             return (
                 "its weight is not quantised yet, or it keeps a float16 copy (has_fp16_weights)",
@@ -173,7 +173,7 @@ class TensorSite(ForeignSite):
             return Formed(weight, (out, inn), dtype, nf4.get_original_weight)
         return Formed(weight, (out, inn), dtype, type(weight).dequantize)
 
-    def objection(self) -> tuple[str, str] | None:
+    def objection(self, path: str) -> tuple[str, str] | None:
         inner = vars(self.raw_weight)
         if inner.get("act_quant_kwargs") is not None or inner.get("act_pre_scale") is not None:
             return (

@@ -69,11 +69,11 @@ class EmbeddingSite(Site):
             by_frequency=m.scale_grad_by_freq,
         )
 
-    def objection(self) -> tuple[str, str] | None:
+    def objection(self, path: str) -> tuple[str, str] | None:
         if self.module.max_norm is not None:
             return (
                 "an Embedding with max_norm rewrites its own weight in every forward pass",
-                "set max_norm = None on the layer, or leave it out with exclude=",
+                f"set max_norm = None on the layer, or leave it out with exclude=[{path!r}]",
             )
         return None
 

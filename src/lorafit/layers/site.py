@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,9 +134,13 @@ class Site(ABC):
         (weight,) = parts.values()
         return weight
 
-    def objection(self) -> tuple[str, str] | None:
-        """Why this layer cannot be adapted, and what mends it; None when it can."""
+    def objection(self, path: str) -> tuple[str, str] | None:
+        """Why this layer, at this path, cannot be adapted, and what mends it; None when it can."""
         return None
+
+    def beside(self, more: tuple[Any, ...], named: Mapping[str, Any]) -> Site:
+        """The layer as it is in a call with more than its input: itself, where nothing else can be given."""
+        return self
 
     def member(self, x: Tensor, acting: Sequence[Acting]) -> Member | None:
         """What the layer would compute for x, as one of several that read it; None where it has to do it alone."""

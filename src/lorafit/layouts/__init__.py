@@ -1,4 +1,4 @@
-"""The types of adapter files as a table: three of PEFT's, and one of this library's for what these cannot hold."""
+"""The types of adapter files as a table: three of PEFT's, and two of this library's for what these cannot hold well."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from lorafit.layouts import ours
 from lorafit.layouts.adalora import AdaLoraLayout
 from lorafit.layouts.base import ContradictionError, Layout, Place, Slot, site_rank
 from lorafit.layouts.lora import LoraLayout
-from lorafit.layouts.ours import Ours
+from lorafit.layouts.ours import Ours, check_transposed
 from lorafit.layouts.own import OWN, OwnLayout
+from lorafit.layouts.pairs import OwnPairLayout, mostly_zeros, transposed
 from lorafit.layouts.vera import VeraLayout
 from lorafit.method import Adapter
 from lorafit.methods.adalora import AdaLoRAAdapter
@@ -28,8 +29,9 @@ from lorafit.peft_config import COMMON, NOT_MATHEMATICS, Parsed, Reader
 from lorafit.peft_layout import HEADS, Description, common_config, copies_of, for_file
 
 LORA, ADALORA, VERA, LORAFIT = LoraLayout(), AdaLoraLayout(), VeraLayout(), OwnLayout()
+PAIRS = OwnPairLayout()
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {layout.peft_type: layout for layout in (LORA, ADALORA, VERA, LORAFIT)}
+    {layout.peft_type: layout for layout in (LORA, ADALORA, VERA, LORAFIT, PAIRS)}
 )
 """`peft_type` in a config → layout."""
 
@@ -59,7 +61,9 @@ def layout_for(description: Description) -> Layout:
     for kind, layout in ((AdaLoRAAdapter, ADALORA), (VeRAAdapter, VERA)):
         if all(isinstance(adapter, kind) for adapter in adapters):
             return layout
-    return LORAFIT if any(_own(adapter) for adapter in adapters) else LORA
+    if any(_own(adapter) for adapter in adapters):
+        return LORAFIT
+    return PAIRS if transposed(description.sites) or mostly_zeros(description.sites) else LORA
 
 
 def _own(adapter: Adapter) -> bool:
@@ -68,24 +72,30 @@ def _own(adapter: Adapter) -> bool:
     return isinstance(adapter, IntrinsicAdapter) or isinstance(inner, AdaLoRAAdapter | VeRAAdapter)
 
 
-def tensors_of(description: Description) -> dict[str, Tensor]:
+def tensors_of(description: Description, layout: Layout | None = None) -> dict[str, Tensor]:
     """Every tensor under its key, on the CPU, contiguous.
+
+    Args:
+        description: of the adapters.
+        layout: the type of file; None for `layout_for` them.
 
     Raises:
         CheckpointError: a tensor of a subclass that stands for data elsewhere, or an update that no file can hold.
     """
-    return for_file({**layout_for(description).tensors(description), **copies_of(description)})
+    layout = layout_for(description) if layout is None else layout
+    return for_file({**layout.tensors(description), **copies_of(description)})
 
 
-def config_of(description: Description) -> dict[str, Any]:
-    """adapter_config.json.
+def config_of(description: Description, layout: Layout | None = None) -> dict[str, Any]:
+    """adapter_config.json; arguments as for `tensors_of`.
 
     Raises:
         CheckpointError: the adapters have no place in any type of file.
     """
-    layout = layout_for(description)
+    layout = layout_for(description) if layout is None else layout
     config = {**common_config(description), **layout.config(description), "peft_type": layout.peft_type}
-    return config if _told(description) else {**config, OWN: ours.written(description, layout)}
+    told = layout is not PAIRS and _told(description)
+    return config if told else {**config, OWN: ours.written(description, layout)}
 
 
 def _told(description: Description) -> bool:
@@ -155,12 +165,14 @@ __all__ = [
     "LAYOUTS",
     "LORA",
     "LORAFIT",
+    "PAIRS",
     "VERA",
     "ContradictionError",
     "Layout",
     "Ours",
     "Place",
     "Slot",
+    "check_transposed",
     "config_of",
     "layout_for",
     "mathematics",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lorafit.delta import LowRank
 from lorafit.errors import CheckpointError, LorafitWarning, some
-from lorafit.layers import EmbeddingSite, Site
+from lorafit.layers import EmbeddingSite, OwnSite, Site
 from lorafit.layouts.base import ContradictionError, Layout, Place, Record, Slot, Undrawn, anchored, blank, exactly, put
 from lorafit.method import Adapter, Method
 from lorafit.methods.delta_lora import DeltaLoRAAdapter
@@ -99,10 +100,9 @@ def alpha_for(scale: float, r: int, rslora: bool) -> float:
     return whole(exact)
 
 
-class LoraLayout(Layout):
-    """PEFT's type LORA."""
+class PairLayout(Layout):
+    """A, B and perhaps magnitudes of each site, with the settings of PEFT's type LORA."""
 
-    peft_type = "LORA"
     mathematics = frozenset(
         {
             "alpha_pattern",
@@ -139,12 +139,24 @@ class LoraLayout(Layout):
 
     # Writing
 
+    @abstractmethod
+    def tell(self, sites: Mapping[str, Placed], dora: Sequence[str]) -> None:
+        """Says what other readers make of such sites; `dora` are those with magnitudes."""
+
+    def down_to_file(self, site: Site, down: Tensor) -> Tensor:
+        """A as files of this type hold it."""
+        return site.down_to_file(down)
+
+    def down_from_file(self, site: Site, stored: Tensor, r: int) -> Tensor:
+        """The inverse of `down_to_file`. Raises ValueError for a shape that cannot be."""
+        return site.down_from_file(stored, r)
+
     def tensors(self, description: Description) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for path, placed in description.sites.items():
             site, own = placed.site, factors(placed, path)
             down, up = _keys(site)
-            found[join(path, down)] = site.down_to_file(own.down)
+            found[join(path, down)] = self.down_to_file(site, own.down)
             found[join(path, up)] = site.up_to_file(own.up)
             if own.magnitude is not None:
                 found[join(path, MAGNITUDES[0])] = _channels(site, own.magnitude)
@@ -161,6 +173,7 @@ class LoraLayout(Layout):
         paths = list(own)
         dora = [path for path, each in own.items() if each.magnitude is not None]
         _check_dora(description, dora)
+        self.tell(description.sites, dora)
         return {
             "alpha_pattern": exact_pattern({p: each for p, each in alphas.items() if each != alpha}, paths),
             "exclude_modules": None,
@@ -214,7 +227,7 @@ class LoraLayout(Layout):
     def slots(self, site: Site, parsed: Parsed) -> tuple[Slot, ...]:
         down, up = _keys(site)
         pair = (
-            Slot("A", down, lambda site, a, r: site.down_from_file(a, r), ranked=True),
+            Slot("A", down, self.down_from_file, ranked=True),
             Slot("B", up, lambda site, b, r: site.up_from_file(b, r)),
         )
         return (*pair, *(Slot("m", key, _magnitude) for key in MAGNITUDES)) if _dora(parsed) else pair
@@ -243,6 +256,30 @@ class LoraLayout(Layout):
         for place in places:
             _check(made[place.path], place, scale_at(parsed, place.path), parsed)
         return made
+
+
+class LoraLayout(PairLayout):
+    """PEFT's type LORA."""
+
+    peft_type = "LORA"
+
+    def tell(self, sites: Mapping[str, Placed], dora: Sequence[str]) -> None:
+        grouped = [path for path in dora if sites[path].site.shape.groups > 1]
+        if grouped:
+            warnings.warn(
+                f"PEFT cannot compute DoRA on grouped convolutions ({some(grouped)}). lorafit can",
+                LorafitWarning,
+                stacklevel=2,
+            )
+        own = [path for path, placed in sites.items() if isinstance(placed.site, OwnSite)]
+        if own:
+            warnings.warn(
+                f"PEFT has no adapter that goes through a forward of a layer's own ({some(own)}): it takes such a "
+                "layer for torch's, so that what it computes there can be another thing, or fail. lorafit follows "
+                "them; merged, both change the same weight",
+                LorafitWarning,
+                stacklevel=2,
+            )
 
 
 def _at(parsed: Parsed, path: str) -> Method:
@@ -285,13 +322,6 @@ def _check_dora(description: Description, dora: Sequence[str]) -> None:
             found=some(dora),
             expected="one method for all sites",
             fix="attach the two methods as two adapters, by two names",
-        )
-    grouped = [path for path in dora if description.sites[path].site.shape.groups > 1]
-    if grouped:
-        warnings.warn(
-            f"PEFT cannot compute DoRA on grouped convolutions ({some(grouped)}). lorafit can",
-            LorafitWarning,
-            stacklevel=2,
         )
 
 

@@ -200,28 +200,30 @@ class _Watch:
         if not self.open:
             return
         self.reached = True
-        x = args[0] if args else next(iter(kwargs.values()))
+        named = dict(kwargs)
+        x, *more = args or (named.pop(next(iter(named))),)
+        site = self.site.beside(tuple(more), named)
         kind = x.device.type
         # The model may run under autocast; its inputs' directions are wanted in full precision.
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            rows = self._rows(x.detach())
+            rows = self._rows(site, x.detach())
             if len(rows) == 0:
                 return
             if not rows.isfinite().all():
                 raise _not_finite("an input of a layer", self.path)
             self.directions.add(rows)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, site: Site, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if isinstance(self.site, VectorSite):
+        if isinstance(site, VectorSite):
             mask, rows = self.mask, x.reshape(-1, x.shape[-1])
             if mask is not None and (x.shape[:-1] == mask.shape or x.shape[:-1] == (mask.numel(),)):
                 rows = rows[mask.reshape(-1).to(x.device)]
             return rows.to(dtype)
         # The layer's own operation with one row per input of a patch: its channels are the patch's entries.
-        eye = torch.eye(self.site.shape.inn, dtype=x.dtype, device=x.device)
-        patches = self.site.project(x, eye)
-        return patches.movedim(-self.site.channel(eye[0]).dim(), -1).flatten(0, -2).to(dtype)
+        eye = torch.eye(site.shape.inn, dtype=x.dtype, device=x.device)
+        patches = site.project(x, eye)
+        return patches.movedim(-site.channel(eye[0]).dim(), -1).flatten(0, -2).to(dtype)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.errors import StateError
-from lorafit.layers import Mixing, Site
+from lorafit.layers import Mixing, Site, alone
 from lorafit.mixed.assignment import Assignment
 from lorafit.mixed.bucket import Bucket
 from lorafit.mixed.tables import Table
@@ -52,7 +52,7 @@ class SlotRows(Mixing):
         self.parts = [part for part in self.parts if part[0] != id(bucket)]
 
     def output(self, module: nn.Module, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        (x,) = args
+        x = alone(self._path, args, kwargs)
         y: Tensor = base(module, x)
         if not self._now.assignments:
             return y

@@ -77,7 +77,7 @@ def _reason(module: nn.Module, parent: nn.Module | None) -> str | None:
         return "its weight is stored in another form already"
     if "forward" in vars(module):
         return "its forward was replaced on this one object"
-    passed = bypass(parent) if parent is not None else None
+    passed = bypass(parent, module) if parent is not None else None
     if passed is not None:
         return passed[0]
     owner = own_forward(type(module))
