@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lorafit.conversion import convert
     from lorafit.handle import Handle
     from lorafit.inject import attach
+    from lorafit.journal import Journal
     from lorafit.method import Adapter, Method, Sample
     from lorafit.methods import (
         METHODS,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     )
     from lorafit.quant.convert import Quantised, dequantise, quantise
     from lorafit.quant.loading import load_quantised
+    from lorafit.suggesting import suggest
+    from lorafit.suggestion import Suggestion
 
 __version__ = "0.1.0"
 
@@ -63,6 +66,7 @@ __all__ = [
     "DoRA",
     "Handle",
     "IntrinsicDimension",
+    "Journal",
     "LoRA",
     "LoRADrop",
     "LoRAFA",
@@ -75,6 +79,7 @@ __all__ = [
     "Quantised",
     "Sample",
     "StateError",
+    "Suggestion",
     "TargetError",
     "TrainingError",
     "VeRA",
@@ -85,6 +90,7 @@ __all__ = [
     "load",
     "load_quantised",
     "quantise",
+    "suggest",
 ]
 
 _LAZY = {
@@ -95,6 +101,7 @@ _LAZY = {
     "DoRA": "lorafit.methods",
     "Handle": "lorafit.handle",
     "IntrinsicDimension": "lorafit.methods",
+    "Journal": "lorafit.journal",
     "LoRA": "lorafit.methods",
     "LoRADrop": "lorafit.methods",
     "LoRAFA": "lorafit.methods",
@@ -102,6 +109,7 @@ _LAZY = {
     "Method": "lorafit.method",
     "Quantised": "lorafit.quant.convert",
     "Sample": "lorafit.method",
+    "Suggestion": "lorafit.suggestion",
     "VeRA": "lorafit.methods",
     "attach": "lorafit.inject",
     "combine": "lorafit.combining",
@@ -110,6 +118,7 @@ _LAZY = {
     "load": "lorafit.checkpoint",
     "load_quantised": "lorafit.quant.loading",
     "quantise": "lorafit.quant.convert",
+    "suggest": "lorafit.suggesting",
 }
 
 

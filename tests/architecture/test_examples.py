@@ -43,6 +43,20 @@ def test_plain_loop(load: Load) -> None:
     assert figures["blobs, merged"] > 0.97
 
 
+def test_any_model(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    figures = load("any_model").main(folder)
+    assert figures["0 to 4, base"] > 0.9
+    assert figures["5 to 9, base"] < 0.5  # other digits under the same five outputs
+    assert figures["5 to 9, adapted"] > 0.8
+    assert figures["0 to 4, adapter off"] == figures["0 to 4, base"]  # statistics of the norms included
+    printed = capsys.readouterr().out
+    assert "trained in full" in printed and "cannot" not in printed
+    assert "held-out loss before training" in printed and (folder / "adapter" / "adapter_config.json").is_file()
+    again = load("any_model").main(folder)  # the loop is over: nothing is trained, the adapter is the one it ended with
+    assert again == figures and "finished already" in capsys.readouterr().out
+
+
 def test_transformers_trainer(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = map(float, load("transformers_trainer").main())
     assert before == pytest.approx(math.log(64), abs=0.1)  # random weights: nothing is known of 64 tokens
