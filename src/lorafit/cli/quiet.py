@@ -24,3 +24,17 @@ def quiet() -> None:
         import datasets
 
         datasets.disable_progress_bars()
+
+
+def quiet_pipelines() -> None:
+    """The same for commands that are about to use diffusers.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    from lorafit.diffusion.library import library
+
+    quiet()
+    logging = library().utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # "Loading pipeline components"

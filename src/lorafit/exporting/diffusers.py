@@ -29,7 +29,8 @@ from lorafit.peft_layout import exact_pattern, for_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", *ENCODERS)
 KNOWN = (
     ("unet", re.compile(r"(down_blocks|up_blocks|mid_block)\.")),
     ("text_encoder", re.compile(r"(text_model\.)?encoder\.layers\.\d+\.")),
@@ -103,16 +104,32 @@ def _converted(adapter: Path, output: Path) -> Path:
 
 def write(plain: Plain, folder: Path, *, component: str, dtype: str) -> None:
     """Writes the file for one component of a pipeline."""
+    write_parts({component: plain}, folder / WEIGHTS, dtype=dtype)
+
+
+def write_parts(parts: Mapping[str, Plain], path: Path, *, dtype: str) -> None:
+    """Writes the file for several components of a pipeline, by their names."""
     tensors: dict[str, Tensor] = {}
-    for path, pair in plain.pairs.items():
-        down, up = shaped(pair, pair.down, pair.up * pair.scale)
-        tensors[f"{component}.{path}.lora_A.weight"] = down.to(TYPES[dtype])
-        tensors[f"{component}.{path}.lora_B.weight"] = up.to(TYPES[dtype])
-    for path, (_, value) in plain.magnitudes.items():
-        tensors[f"{component}.{path}.lora_magnitude_vector"] = value.to(TYPES[dtype])
-    settings = {f"{component}.{key}": value for key, value in _config(plain).items()}
+    settings: dict[str, Any] = {}
+    for component, plain in parts.items():
+        for layer, pair in plain.pairs.items():
+            down, up = shaped(pair, pair.down, pair.up * pair.scale)
+            tensors[f"{component}.{layer}.lora_A.weight"] = down.to(TYPES[dtype])
+            tensors[f"{component}.{layer}.lora_B.weight"] = up.to(TYPES[dtype])
+        for layer, (_, value) in plain.magnitudes.items():
+            tensors[f"{component}.{layer}.{_magnitude(component)}"] = value.to(TYPES[dtype])
+        settings |= {f"{component}.{key}": value for key, value in _config(plain).items()}
     metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
-    save_file(for_file(tensors), folder / WEIGHTS, metadata)
+    save_file(for_file(tensors), path, metadata)
+
+
+def _magnitude(component: str) -> str:
+    """How the key of a layer's magnitudes ends.
+
+    The denoiser's keys are read by PEFT, as PEFT writes them; text encoders' by transformers 5, which puts the
+    adapter's name behind the first word alone, and drops what then is no parameter's name.
+    """
+    return "lora_magnitude_vector.weight" if component in ENCODERS else "lora_magnitude_vector"
 
 
 def _config(plain: Plain) -> dict[str, Any]:
@@ -145,7 +162,7 @@ def check(plain: Plain, written: Path, *, component: str, dtype: str) -> Checked
         apart = float((mine - theirs).abs().max())
         if path in plain.magnitudes:
             own = plain.magnitudes[path][1].float()
-            apart = max(apart, float((own - tensors[f"{component}.{path}.lora_magnitude_vector"]).abs().max()))
+            apart = max(apart, float((own - tensors[f"{component}.{path}.{_magnitude(component)}"]).abs().max()))
             largest = max(largest, float(own.abs().max()))
         worst = apart if not worst >= apart else worst
     return Checked(worst, TOLERANCE[dtype] * largest, "ΔW")

@@ -86,9 +86,12 @@ def _scores(result: Mapping[str, Any] | None) -> dict[str, object]:
     if result is None:
         return {}
     found: dict[str, object] = {"steps": result.get("steps")}
+    told = str(result.get("unit") or "")
+    unit = "nats per prediction" if not told or told.startswith("nats") else told
     for key, name in (("eval_loss_before", "held-out loss before"), ("eval_loss_after", "held-out loss after")):
         value = result.get(key)
-        found[name] = UNKNOWN if value is None else f"{value:.4f} nats per prediction"
+        found[name] = UNKNOWN if value is None else f"{value:.4f} {unit}"
+    found |= _agreement(result.get("agreement") or {})
     verdict = result.get("verdict")
     if verdict is not None:
         found["verdict"] = verdict.get("sentence")
@@ -96,6 +99,17 @@ def _scores(result: Mapping[str, Any] | None) -> dict[str, object]:
     for name, finding in findings.items():
         if isinstance(finding, Mapping) and finding.get("sentence"):
             found[name] = finding["sentence"]
+    return found
+
+
+def _agreement(figures: Mapping[str, float]) -> dict[str, object]:
+    """How well a regression's numbers agree with the right ones; each with its 95 % interval."""
+    found: dict[str, object] = {}
+    for key, name in (("mean_absolute_error", "mean absolute error"), ("pearson", "Pearson"), ("spearman", "Spearman")):
+        if key in figures:
+            low, high = figures.get(f"{key}_low"), figures.get(f"{key}_high")
+            ends = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+            found[name] = f"{figures[key]:.3f}{ends}"
     return found
 
 

@@ -1,0 +1,1 @@
+"""Diffusion pipelines: DreamBooth with any method, diffusers' files both ways, drawing. Needs the extra `diffusion`."""

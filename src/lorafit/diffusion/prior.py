@@ -1,0 +1,143 @@
+"""Pictures of the class, for prior preservation: those that are there, and the rest drawn by the pipeline itself.
+
+Each drawn picture is written whole or not at all under a number, with what it was drawn from in the file: a run that is
+stopped goes on with the ones that are missing, and pictures of another pipeline or prompt are not taken for these. The
+number alone chooses the noise, not the run's seed: runs of any seed share a folder, and the pictures in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lorafit import files
+from lorafit.diffusion.drawing import draw
+from lorafit.diffusion.seeds import derived
+from lorafit.diffusion.settings import Settings
+from lorafit.diffusion.subjects import DRAWN, Gallery, paths_of, read_gallery
+from lorafit.errors import ConfigError, DataError
+from lorafit.training.spans import duration
+
+Notify = Callable[[str], object]
+
+PNG = ".png"
+ORIGIN = "lorafit"
+"""The key in a PNG file under which it says what it was drawn from."""
+
+
+def gather(pipe: Any, settings: Settings, notify: Notify) -> Gallery:
+    """The pictures of the class that a run uses; those that are missing are drawn, and kept.
+
+    Args:
+        pipe: the pipeline, without adapters.
+        settings: of the run; they have a class prompt.
+        notify: is told what is drawn.
+
+    Raises:
+        ConfigError: the folder's drawn pictures are of other settings.
+        DataError: a picture cannot be read.
+    """
+    folder = settings.prior_folder
+    if folder.exists() and not folder.is_dir():
+        raise DataError(
+            "the class pictures have no folder", where=folder, found="a file", expected="a folder", fix="--class-images"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = settings.num_class_images
+    there = paths_of(folder)
+    _check_drawn([path for path in there if _number(path) is not None], settings)
+    if len(there) < wanted:
+        _draw_missing(
+            pipe, settings, {number for path in there if (number := _number(path)) is not None}, there, notify
+        )
+    return read_gallery(folder, "class pictures", size=settings.resolution, most=wanted)
+
+
+def _number(path: Path) -> int | None:
+    """The number of a picture that was drawn here."""
+    middle = path.name.removeprefix(DRAWN).removesuffix(PNG)
+    known = path.name == f"{DRAWN}{middle}{PNG}" and len(middle) == 6 and middle.isascii() and middle.isdigit()
+    return int(middle) if known else None
+
+
+def _draw_missing(pipe: Any, settings: Settings, drawn: set[int], there: list[Path], notify: Notify) -> None:
+    missing = settings.num_class_images - len(there)
+    numbers: list[int] = []
+    candidate = 0
+    while len(numbers) < missing:
+        if candidate not in drawn:
+            numbers.append(candidate)
+        candidate += 1
+    assert settings.class_prompt is not None
+    what = "1 picture" if missing == 1 else f"{missing} pictures"
+    notify(f"draws {what} of the class: {settings.class_prompt!r}, into {settings.prior_folder}")
+    started = time.perf_counter()
+    for done, number in enumerate(numbers):  # one by one: a picture that is drawn again is the same to the bit
+        if done == 1:
+            seconds = (time.perf_counter() - started) * (missing - 1)
+            notify(f"the others will take about {duration(seconds)}; after Ctrl-C those that are drawn stay")
+        (image,) = draw(
+            pipe,
+            [settings.class_prompt],
+            seeds=[_seed(number)],
+            steps=settings.sample_steps,
+            guidance=settings.guidance,
+            size=settings.resolution,
+        )
+        _write(image, settings.prior_folder / f"{DRAWN}{number:06d}{PNG}", _origin(settings, number))
+
+
+def _seed(number: int) -> int:
+    return derived(0, "class picture", number)
+
+
+def _origin(settings: Settings, number: int) -> dict[str, Any]:
+    """What a picture is drawn from."""
+    place = Path(settings.pipeline)
+    return {
+        "pipeline": str(place.resolve()) if place.is_dir() else settings.pipeline,
+        "prompt": settings.class_prompt,
+        "seed": _seed(number),
+        "steps": settings.sample_steps,
+        "guidance": settings.guidance,
+        "size": settings.resolution,
+    }
+
+
+def _write(image: Image.Image, path: Path, origin: dict[str, Any]) -> None:
+    note = PngInfo()
+    note.add_text(ORIGIN, json.dumps(origin))
+    files.commit(files.stage(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=note)), path)
+
+
+def _check_drawn(paths: list[Path], settings: Settings) -> None:
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                found = json.loads(str(opened.info.get(ORIGIN, "null")))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(
+                "a class picture cannot be read",
+                where=path,
+                found=f"{type(error).__name__}: {error}",
+                expected="the picture that was drawn here",
+                fix="remove it: it is drawn again",
+            ) from error
+        number = _number(path)
+        assert number is not None
+        wanted = _origin(settings, number)
+        if found is not None and found != wanted:
+            key = next((key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]), "")
+            raise ConfigError(
+                "the class pictures in this folder were drawn from something else",
+                where=path,
+                found=f"{key} {found.get(key)!r}" if isinstance(found, dict) else repr(found),
+                expected=f"{key} {wanted.get(key)!r}",
+                fix="choose another --class-images, or remove the folder's drawn pictures",
+            )

@@ -1,0 +1,91 @@
+"""All pictures of a run with what each shows, and what of a run's settings its pipeline cannot have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorafit.diffusion import prior
+from lorafit.diffusion.family import Family
+from lorafit.diffusion.settings import Settings
+from lorafit.diffusion.subjects import Gallery, fingerprint
+from lorafit.errors import ConfigError
+
+Notify = Callable[[str], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The pictures of a run.
+
+    Attributes:
+        subject, prior, held: of the subject, of the class, and of the subject for the held-out loss.
+        subject_said, prior_said, held_said: what each of them shows.
+    """
+
+    subject: Gallery
+    subject_said: list[str]
+    prior: Gallery | None
+    prior_said: list[str]
+    held: Gallery | None
+    held_said: list[str]
+
+    @property
+    def prompts(self) -> list[str]:
+        """All that is said of them, each once."""
+        return list(dict.fromkeys([*self.subject_said, *self.prior_said, *self.held_said]))
+
+    def fingerprint(self) -> str:
+        """Of all pictures and captions."""
+        sides = ((self.subject, self.subject_said), (self.prior, self.prior_said), (self.held, self.held_said))
+        return fingerprint([(gallery, said) for gallery, said in sides if gallery is not None])
+
+    def tell(self, family: Family, size: int, notify: Notify) -> None:
+        """Says what there is, what was small, not read or is cut."""
+        for gallery, what in ((self.subject, "subject"), (self.prior, "class"), (self.held, "held out")):
+            for line in () if gallery is None else gallery.told(what, size):
+                notify(line)
+        if self.held is None:
+            notify("no eval_images: the held-out loss is on the same pictures, under noise that training never draws")
+        for prompt in family.cut(self.prompts):
+            notify(f"longer than the text encoder reads, and cut: {prompt!r}")
+
+
+def gather(settings: Settings, pipe: Any, subject: Gallery, held: Gallery | None, notify: Notify) -> Shown:
+    """The pictures with their captions; those of the class are drawn where they are missing.
+
+    Raises:
+        ConfigError, DataError: as `lorafit.diffusion.prior.gather`.
+    """
+    said = subject.captions(settings.instance_prompt)
+    others = [] if held is None else held.captions(settings.instance_prompt)
+    if settings.class_prompt is None:
+        return Shown(subject, said, None, [], held, others)
+    gallery = prior.gather(pipe, settings, notify)
+    return Shown(subject, said, gallery, gallery.captions(settings.class_prompt), held, others)
+
+
+def check(settings: Settings, family: Family) -> None:
+    """Raises `ConfigError` for settings that a pipeline cannot have."""
+    if settings.resolution % family.multiple:
+        near = max(family.multiple, round(settings.resolution / family.multiple) * family.multiple)
+        raise ConfigError(
+            "this pipeline cannot have pictures of this size",
+            where="resolution",
+            found=settings.resolution,
+            expected=f"a multiple of {family.multiple}",
+            fix=f"--resolution {near}",
+        )
+    if settings.min_snr is not None:
+        family.weights(torch.zeros(1, dtype=torch.long), settings.min_snr)  # raises where it has no meaning
+    if settings.train_text_encoder and not family.text_encoders:
+        raise ConfigError(
+            "this pipeline has no text encoder that could be trained",
+            where="train_text_encoder",
+            found="none loaded",
+            expected=", ".join(family.trainable_encoders),
+            fix="leave --train-text-encoder out",
+        )
