@@ -10,6 +10,7 @@ from types import ModuleType
 from benchmarks import (
     all_of_it,
     billion,
+    dreambooth,
     forecast,
     head,
     keeping,
@@ -26,6 +27,8 @@ from benchmarks import (
     sweep,
     throughput,
     train,
+    vision,
+    vision_page,
 )
 from benchmarks.child import ChildError
 from benchmarks.stored import ResultsError, say
@@ -47,15 +50,23 @@ COMMANDS: tuple[ModuleType, ...] = (
     throughput,
     load,
     serving,
+    vision,
+    dreambooth,
+    vision_page,
 )
+
+
+def common() -> ArgumentParser:
+    """What every command takes. Each has its own: a default that one sets would be that of all others, too."""
+    made = ArgumentParser(add_help=False, formatter_class=ArgumentDefaultsHelpFormatter)
+    made.add_argument("--threads", type=int, default=machine.physical_cores(), help="of torch; by default one a core")
+    made.add_argument("--seed", type=int, default=0, help="of weights, batches and orders")
+    made.add_argument("--output", default=str(stored.FOLDER), help="folder of the JSON files")
+    return made
 
 
 def parser() -> ArgumentParser:
     """The command line: what every command takes, and the commands."""
-    common = ArgumentParser(add_help=False, formatter_class=ArgumentDefaultsHelpFormatter)
-    common.add_argument("--threads", type=int, default=machine.physical_cores(), help="of torch; by default one a core")
-    common.add_argument("--seed", type=int, default=0, help="of weights, batches and orders")
-    common.add_argument("--output", default=str(stored.FOLDER), help="folder of the JSON files")
     top = ArgumentParser(
         prog="python -m benchmarks",
         description="What training with adapters and serving them costs, beside PEFT and TRL.",
@@ -66,7 +77,7 @@ def parser() -> ArgumentParser:
             module.NAME,
             help=module.HELP,
             description=module.__doc__,
-            parents=[common],
+            parents=[common()],
             formatter_class=ArgumentDefaultsHelpFormatter,
         )
         module.arguments(each)
@@ -83,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        say("stopped: nothing of this measurement is stored")
+        say("stopped: what was being measured has no result yet")
         return 130
     return 0
 
