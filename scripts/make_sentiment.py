@@ -8,9 +8,14 @@ parsimonious rule-based model for sentiment analysis of social media text, ICWSM
 
     {"text": "Effective but too tepid biopic", "label": "negative", "id": "movie/3", "review": "movie/3"}
 
-and with `--form answers` the same as a question that a language model answers:
+with `--form answers` the same as a question that a language model answers:
 
     {"prompt": "Is this positive or negative?\n\nEffective but too tepid biopic", "completion": "negative", ...}
+
+and with `--form ratings` the mean of its ratings itself, for a regression; then all sentences are kept, whatever their
+rating:
+
+    {"text": "Effective but too tepid biopic", "label": -1.25, "id": "movie/3", "review": "movie/3"}
 
 A rating of less than `--clear` either way is nobody's clear opinion, and left out; so is a text that occurs twice.
 `review` names the review that a sentence is from, so that a split can keep reviews whole (`--group review`); the movie
@@ -78,20 +83,20 @@ def rated(archive: tarfile.TarFile, name: str) -> Iterator[Rated]:
 
 
 def chosen(sentences: list[Rated], clear: float, seed: int) -> list[Rated]:
-    """Clear ones, each text once, shuffled."""
+    """Those whose rating is at least `clear` either way, without texts that occur twice, shuffled."""
     often = Counter(one.text for one in sentences)
     kept = [one for one in sentences if abs(one.rating) >= clear and often[one.text] == 1 and one.text]
     random.Random(seed).shuffle(kept)
     return kept
 
 
-def record(one: Rated, form: str) -> dict[str, str]:
+def record(one: Rated, form: str) -> dict[str, str | float]:
     """A sentence as a record of the form."""
     label = "positive" if one.rating > 0 else "negative"
     place = {"id": one.id, "review": one.review}
     if form == "answers":
         return {"prompt": QUESTION + one.text, "completion": label, **place}
-    return {"text": one.text, "label": label, **place}
+    return {"text": one.text, "label": one.rating if form == "ratings" else label, **place}
 
 
 def write(path: Path, sentences: list[Rated], form: str) -> None:
@@ -107,15 +112,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=0, help="of each set at most; 0 is all of them")
     parser.add_argument("--test", type=int, default=0, help="so many more of each set, in a file of their own")
-    parser.add_argument("--form", choices=("classes", "answers"), default="classes")
-    parser.add_argument("--clear", type=float, default=0.5, help="the least rating either way")
+    parser.add_argument("--form", choices=("classes", "answers", "ratings"), default="classes")
+    parser.add_argument("--clear", type=float, help="the least rating either way; 0.5, and of ratings 0")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     options = parser.parse_args()
+    clear = (0.0 if options.form == "ratings" else 0.5) if options.clear is None else options.clear
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         archive = fetch(Path(folder))
     for name in SETS:
-        kept = chosen(list(rated(archive, name)), options.clear, options.seed)
+        kept = chosen(list(rated(archive, name)), clear, options.seed)
         test, train = kept[: options.test], kept[options.test :]
         write(options.folder / f"{name}.jsonl", train[: options.records or None], options.form)
         if test:

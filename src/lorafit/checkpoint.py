@@ -18,7 +18,7 @@ from lorafit.fitting import Fit, copy_into, fit
 from lorafit.handle import Handle
 from lorafit.inject import check_name, install_all
 from lorafit.layers import site_class, site_of
-from lorafit.layouts import LORAFIT, ContradictionError, Layout, Ours, Place, parse
+from lorafit.layouts import LORAFIT, ContradictionError, Layout, Ours, Place, check_transposed, parse
 from lorafit.layouts.base import anchored
 from lorafit.method import Adapter, Method
 from lorafit.methods.lora import LoRA
@@ -110,6 +110,7 @@ def fitting(modules: Modules, path: str | Path, name: str = "default") -> Fittin
     stored = store.read(Path(path), name)
     layout, parsed, own = parse(stored.config, stored.config_path)
     found = fit(stored, layout, parsed, modules)
+    check_transposed(stored.config, layout, found.sites, stored.config_path)
     if not stored.ours:
         warn_shared([*(modules.aliases[each] for each in found.adapters), *found.copies], modules.aliases)
     return Fitting(stored, parsed, layout, own, found, modules, _notes(parsed, stored, list(found.sites)))

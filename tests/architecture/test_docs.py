@@ -20,9 +20,10 @@ from lorafit.cli import exits
 from lorafit.cli.app import command
 from lorafit.cli.demo import FOLDER, SETTINGS
 from lorafit.cli.methods import default_shapes
+from lorafit.diffusion import settings as diffusion
 from lorafit.methods.initialisers import INITIALISERS
 from lorafit.methods.table import markdown
-from lorafit.report import records, watched
+from lorafit.report import pictures, records, watched
 from lorafit.training import data, folder
 from lorafit.training.aliases import ALIASES
 from lorafit.training.config import DEFAULT_TRAINING, RESERVED, Settings
@@ -38,6 +39,7 @@ PAGES = [
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL = (ROOT / "docs" / "all-of-it.md").read_text(encoding="utf-8")
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+DREAMBOOTH = (ROOT / "docs" / "dreambooth.md").read_text(encoding="utf-8")
 
 
 def prose(text: str) -> str:
@@ -151,6 +153,15 @@ def test_settings_and_their_defaults() -> None:
     assert {name: cells[0] for name, cells in table.items()} == expected
 
 
+def test_settings_of_dreambooth_and_their_defaults() -> None:
+    table = rows(DREAMBOOTH, "setting", "default")
+    expected = {
+        f"`{name}`": "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
+        for name, field in diffusion.Settings.model_fields.items()
+    }
+    assert {name: cells[0] for name, cells in table.items()} == expected
+
+
 def test_spellings() -> None:
     table = rows(ALL, "here", "also written")
     listed = {spelling: name.strip("`") for name, cells in table.items() for spelling in _names(cells[0])}
@@ -180,7 +191,7 @@ def test_events_and_their_keys() -> None:
     kinds = (
         *(records.Step, records.Evaluation, records.Sample, records.Saved),
         *(records.Drop, records.Schedule, records.Anatomy, records.Verdict, records.End),
-        *(watched.Forgetting, watched.Slices, watched.Shift),
+        *(watched.Forgetting, watched.Slices, watched.Shift, pictures.Sheet),
     )
     others = {"`run`", "`config`", "`environment`", "`data`", "`held_out`", "`watched`"}
     assert set(table) == {*others, *(f"`{kind.event}`" for kind in kinds)}
@@ -250,6 +261,7 @@ def test_options_exist(page: Path) -> None:
         "--help",
         "--version",
         *(f"--{name.replace('_', '-')}" for name in (*fields, *Settings.model_fields, *ALIASES)),
+        *(f"--{name.replace('_', '-')}" for name in diffusion.Settings.model_fields),
     }
     for line in (*lines, *quotes):
         assert set(re.findall(r"(?<!\S)--[\w-]+", line)) <= known, line

@@ -26,11 +26,12 @@ TIERS = (
     ("kernels.linear", "kernels.convolution", "kernels.lookup", "kernels.dense"),
     ("kernels.siblings",),
     ("kernels",),
-    ("layers.site",),
+    ("layers.site", "layers.fused"),
     ("layers.mixing",),
     ("quant.rows", "quant.linear", "quant.reading"),
     ("quant.modules",),
-    ("layers.vector", "layers.lookup", "layers.convolution", "layers.hollow"),
+    ("layers.vector", "layers.lookup", "layers.convolution", "layers.hollow", "layers.following"),
+    ("layers.own", "layers.transposed"),
     ("layers.packed",),
     ("layers.foreign",),
     ("layers",),
@@ -63,19 +64,20 @@ TIERS = (
     ("peft_config",),
     ("layouts.base",),
     ("layouts.lora", "layouts.vera", "layouts.own"),
-    ("layouts.adalora", "layouts.ours"),
+    ("layouts.adalora", "layouts.ours", "layouts.pairs"),
     ("layouts",),
     ("card",),
     ("store",),
     ("handle", "bare"),
-    ("inject", "importance", "inspection", "distributed"),
-    ("fitting", "state"),
-    ("checkpoint", "combining"),
-    ("conversion",),
+    ("inject", "importance", "inspection", "distributed", "calls"),
+    ("fitting", "state", "suggestion"),
+    ("checkpoint", "combining", "looking"),
+    ("conversion", "suggesting"),
     ("resizing",),
     ("report",),
     ("exporting",),
     ("training",),
+    ("journal", "diffusion"),
     ("serve",),
     ("experiments",),
     ("cli",),
@@ -83,7 +85,7 @@ TIERS = (
 )
 """Imports point down only: a module imports from the rows above its own."""
 RANK = {name: rank for rank, row in enumerate(TIERS) for name in row}
-OUTSIDE = ("report", "exporting", "training", "serve", "experiments", "cli", "__main__")
+OUTSIDE = ("report", "exporting", "training", "journal", "diffusion", "serve", "experiments", "cli", "__main__")
 """What is not the core: the core needs torch, safetensors and Python alone."""
 
 
@@ -256,6 +258,8 @@ def test_only_one_package_names_layer_types():
         "layers.convolution",
         "layers.foreign",
         "layers.hollow",
+        "layers.own",
+        "layers.transposed",
     }
 
 

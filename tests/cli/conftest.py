@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lorafit.cli.main import main
+from tests.training.encoders import MEAN, encoder, ratings
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -191,3 +192,59 @@ def classified(place: Path, bert: Path, films: Path) -> tuple[Path, Result]:
         *("train", "--model", bert, "--data", films, "--output-dir", "classified", *options.split()), folder=place
     )
     return place / "classified", result
+
+
+@pytest.fixture(scope="session")
+def pipeline(place: Path) -> Path:
+    """A tiny diffusion pipeline that draws pictures of 16 × 16 pixels."""
+    pytest.importorskip("diffusers", reason="the commands for pictures need diffusers")
+    from tests.cli.tiny_pipeline import save_pipeline
+
+    return save_pipeline(place / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def discs(place: Path) -> Path:
+    """Pictures of a subject."""
+    from tests.cli.tiny_pipeline import save_pictures
+
+    return save_pictures(place / "discs")
+
+
+@pytest.fixture(scope="session")
+def learning(pipeline: Path, discs: Path) -> list[str]:
+    """A DreamBooth command of some seconds."""
+    options = (
+        "--resolution 16 --num-class-images 3 --max-steps 6 --learning-rate 5e-2 --r 4 --sample-every 3 "
+        "--sample-count 2 --sample-steps 2 --evaluate-every 3 --evaluation-draws 2 --save-every 3"
+    )
+    prompts = ["--instance-prompt", "a sks disc", "--class-prompt", "a disc"]
+    return ["dreambooth", "--pipeline", str(pipeline), "--instance-images", str(discs), *prompts, *options.split()]
+
+
+@pytest.fixture(scope="session")
+def learnt(place: Path, learning: list[str]) -> tuple[Path, Result]:
+    """A finished DreamBooth run, and what its command wrote."""
+    result = call(*learning, "--output-dir", "learnt", folder=place)
+    assert result.status == 0, result.err
+    return place / "learnt", result
+
+
+@pytest.fixture(scope="session")
+def sentences(place: Path) -> Path:
+    """An encoder as a package lays it out: in a directory of its own, trained to be read by its mean."""
+    return encoder(place / "package" / "model", MEAN)
+
+
+@pytest.fixture(scope="session")
+def rated(place: Path) -> Path:
+    """Sentences with the mean of their words' ratings."""
+    return ratings(place / "rated.jsonl")
+
+
+@pytest.fixture(scope="session")
+def regressed(place: Path, sentences: Path, rated: Path) -> tuple[Path, Result]:
+    """A finished run of a regression, begun with the package's directory."""
+    options = "--eval-split 30 --num-train-epochs 8 --r 4 --learning-rate 1e-2 --save-strategy no --task regression"
+    command = ("train", "--model", sentences.parent, "--data", rated, "--output-dir", "regressed", *options.split())
+    return place / "regressed", call(*command, folder=place)

@@ -258,7 +258,7 @@ COMPLAINTS = {
         lines(*FILMS, {"text": "a", "label": None}), "data.jsonl:13", "field:  label", "label the record"
     ),
     "a label with a fraction": bad(
-        lines(*FILMS, {"text": "a", "label": 0.5}), "data.jsonl:13", "field:  label", "name the classes"
+        lines(*FILMS, {"text": "a", "label": 0.5}), "data.jsonl:13", "found:    0.5", "name the classes"
     ),
     "labels of two kinds": bad(
         lines(*FILMS, {"text": "a", "label": 3}), "data.jsonl:13", "'pos' and 3", "write all labels alike"

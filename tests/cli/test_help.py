@@ -14,7 +14,7 @@ import pytest
 
 import lorafit as lf
 
-COMMANDS = ("demo", "train", "eval", "chat", "merge", "check", "plan", "methods")
+COMMANDS = ("demo", "train", "eval", "chat", "merge", "check", "plan", "methods", "dreambooth", "draw")
 SECONDS = 0.5
 
 

@@ -44,10 +44,10 @@ def test_candidates_have_searches_of_their_own(tmp_path):
 def test_a_head_learns_at_one_rate_beside_every_method(llama):
     said: list[str] = []
     made = candidates([("flags", {"model": str(llama)})], ["lora", "vera"], ["base"], said.append)
-    assert with_heads(made, said.append, classifies=False) == made
-    rates = default_rates(made, said.append, classifies=True)
-    headed = with_heads(made, said.append, classifies=True)
+    assert with_heads(made, said.append, labelled=False) == made
+    rates = default_rates(made, said.append, labelled=True)
+    headed = with_heads(made, said.append, labelled=True)
     assert {one.settings.full_learning_rate for one in headed} == {rates["lora"]} and rates["vera"] != rates["lora"]
     assert f"learns at {rates['lora']:.2g} in every run" in said[-1]
     chosen = candidates([("flags", {"model": str(llama), "full_learning_rate": 0.5})], ["lora"], ["base"], said.append)
-    assert with_heads(chosen, said.append, classifies=True) == chosen
+    assert with_heads(chosen, said.append, labelled=True) == chosen

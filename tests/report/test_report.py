@@ -285,6 +285,16 @@ def test_the_end_says_which_evaluation_counts(story: Any, path: Path) -> None:
     assert (summary.after.step, summary.after.loss, summary.after.perplexity) == (5, 1.0, 10.0)
 
 
+def test_an_evaluation_is_known_by_a_loss_of_rounded_records(story: Any, path: Path) -> None:
+    told = story().tell("run")
+    for step, loss in ((0, 6.1), (5, 0.1682330792148908), (10, 0.34)):
+        told.tell("evaluation", step=step, loss=loss, accuracy=0.1 * step, pearson=0.9)
+    told.tell("end", status="done", steps=10, eval_loss_before=6.1, eval_loss_after=0.16823309045666665)
+    after = summarize(read_records(told.write(path))).after
+    assert after is not None
+    assert (after.step, after.accuracy, after.agreement) == (5, 0.5, {"pearson": 0.9})
+
+
 def test_a_run_without_an_end_has_its_last_evaluation(resumed: Any, path: Path) -> None:
     del resumed.records[-1]
     run = read_records(resumed.write(path))

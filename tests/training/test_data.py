@@ -233,7 +233,7 @@ def test_one_class_to_train_on(write, encoder_tokenizer):
 
 
 def test_data_of_the_other_task(write, tokenizer):
-    with pytest.raises(DataError, match="have no classes") as caught:
+    with pytest.raises(DataError, match="have no labels") as caught:
         load_labelled_data(DataSettings(write("data.jsonl", ROWS)), tokenizer, max_length=9)
     assert caught.value.found == "prompt/completion form (question → answer)"
     with pytest.raises(DataError, match="for classification"):

@@ -89,27 +89,27 @@ PAIR = chat(("user", "q"), ("assistant", "a"))
         (
             {"text": "t", "label": "x"},
             Labelled("t", None, "x", "data.jsonl:1"),
-            "classification (text → label)",
+            "text/label (text → label)",
         ),
         (
             {"text": "t", "pair": "p", "label": "x"},
             Labelled("t", "p", "x", "data.jsonl:1"),
-            "classification (text + pair → label)",
+            "text/label (text + pair → label)",
         ),
         (
             {"premise": "t", "hypothesis": "p", "label": 0},
             Labelled("t", "p", 0, "data.jsonl:1"),
-            "classification (premise + hypothesis → label)",
+            "text/label (premise + hypothesis → label)",
         ),
         (
             {"sentence1": "t", "sentence2": "p", "label": True},
             Labelled("t", "p", True, "data.jsonl:1"),
-            "classification (sentence1 + sentence2 → label)",
+            "text/label (sentence1 + sentence2 → label)",
         ),
         (
             {"sentence": "t", "label": 1},
             Labelled("t", None, 1, "data.jsonl:1"),
-            "classification (sentence → label)",
+            "text/label (sentence → label)",
         ),
     ],
 )
@@ -281,10 +281,10 @@ def test_absent_tool_calls_are_no_tool_calls():
     assert read({"messages": [TURNS[0], {**TURNS[1], "tool_calls": None}]}) == [PAIR]
 
 
-@pytest.mark.parametrize(("label", "found"), [(None, "NoneType None"), ("", "str ''"), (3.5, "float 3.5")])
+@pytest.mark.parametrize(("label", "found"), [(None, "NoneType None"), ("", "str ''"), (float("inf"), "float inf")])
 def test_labels_that_are_none(label, found):
     error = refused({"text": "t", "label": label})
-    assert (error.found, error.expected) == (found, "a class: a name or an integer")
+    assert (error.found, error.expected) == (found, "a class (a name or an integer) or a number")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.handle import Handle
+    from lorafit.training.batches import AnyCollator
+    from lorafit.training.headed import Headed
     from lorafit.training.models import Located
+    from lorafit.training.numbers import Scale
+    from lorafit.training.objectives import Objective
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLAIN = "none"
@@ -22,6 +26,8 @@ QUANTISED = (PLAIN, "int8", "nf4")
 SETTINGS = "settings.json"
 CAUSAL = "CAUSAL_LM"
 CLASSES = "SEQ_CLS"
+ANY = "?"
+"""Instead of the names of classes, for a command that has no use for a classifier and only says so."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class Description:
     Attributes:
         adapter: its folder, None for the base alone.
         located: the base model.
-        task_type: `CAUSAL` or `CLASSES`.
-        labels: the names of a classifier's classes by index; empty for a language model.
+        task_type: `CAUSAL` or `CLASSES`, which a regression is, too, with one number instead of classes.
+        labels: the names of a classifier's classes by index; empty for anything else.
         tokenizer_path: where the tokenizer is read from: the adapter's folder if it has one.
         whole: modules of which the adapter brings trained copies.
+        scale: how the output of a regression becomes a label; None for anything else.
+        pooling: what the head reads; None for what the model's own class reads.
     """
 
     adapter: Path | None
@@ -43,6 +51,18 @@ class Description:
     labels: tuple[str, ...]
     tokenizer_path: str
     whole: tuple[str, ...] = ()
+    scale: Scale | None = None
+    pooling: str | None = None
+
+    @property
+    def headed(self) -> bool:
+        """Whether it is a classifier or a regression, and no language model."""
+        return self.task_type == CLASSES
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is a classifier."""
+        return self.headed and self.scale is None
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,7 @@ def describe(adapter: Path | None, model: str | None, labels: str | None, say: C
         ConfigError: its base model or its classes are not known.
     """
     from lorafit import store
+    from lorafit.training.headed import Headed
     from lorafit.training.models import locate
 
     config: dict[str, Any] = {}
@@ -84,7 +105,8 @@ def describe(adapter: Path | None, model: str | None, labels: str | None, say: C
                 expected="a model directory or a hub name",
                 fix="--model DIR|NAME",
             )
-    task_type = config.get("task_type") or CAUSAL
+    known = adapter is not None and Headed.read(adapter) is not None  # a run that trains no whole head writes no type
+    task_type = config.get("task_type") or (CLASSES if known else CAUSAL)
     if task_type not in (CAUSAL, CLASSES):
         raise ConfigError(
             "adapters for this task are not known to this command",
@@ -94,27 +116,40 @@ def describe(adapter: Path | None, model: str | None, labels: str | None, say: C
             fix="load it with lorafit.load in Python",
         )
     located = locate(model, say)
-    names = _labels(adapter, labels) if adapter is not None and task_type == CLASSES else ()
+    head = _head(adapter, labels) if adapter is not None and task_type == CLASSES else Headed()
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     whole = tuple(config.get("modules_to_save") or ())
-    return Description(adapter, located, task_type, names, str(adapter) if own else located.path, whole)
+    tokenizer = str(adapter) if own else located.path
+    return Description(adapter, located, task_type, head.labels, tokenizer, whole, head.scale, head.pooling)
 
 
-def _labels(adapter: Path, labels: str | None) -> tuple[str, ...]:
+def _head(adapter: Path, labels: str | None) -> Headed:
     from lorafit.training.folder import LABELS
+    from lorafit.training.headed import Headed
 
+    found = Headed.read(adapter)
+    if found is not None and found.scale is not None:
+        if labels not in (None, ANY):
+            raise ConfigError(
+                "a regression has no classes that could be named",
+                where="--labels",
+                found=labels,
+                expected="the adapter of a classifier",
+                fix="leave --labels out",
+            )
+        return found
     if labels is not None:
-        return tuple(name.strip() for name in labels.split(","))
-    path = adapter / LABELS
-    if not path.is_file():
+        names = tuple(name.strip() for name in labels.split(","))
+        return Headed(names, None, None if found is None else found.pooling)
+    if found is None or not found.labels:
         raise CheckpointError(
             "the adapter's folder does not name the classifier's classes",
-            where=path,
+            where=adapter / LABELS,
             found="no such file",
             expected="the names of the classes, in the order of the head",
             fix="--labels negative,positive",
         )
-    return tuple(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def storage_of(adapter: Path | None, quantise: str | None, say: Callable[[str], None]) -> str:
@@ -161,7 +196,9 @@ def load(
     kind = choose_dtype(dtype or "auto", device)
     head: list[str] = []
     if described.task_type == CLASSES:
-        model, head = load_classifier(located, kind, described.labels, tokenizer.pad_token_id)
+        model, head = load_classifier(
+            located, kind, described.labels, tokenizer.pad_token_id, pooling=described.pooling
+        )
         told = quantise_loaded(quantise, model, [*dict.fromkeys([*described.whole, *head])])
     else:
         model, told = load_base(quantise, located, kind, described.whole)
@@ -170,6 +207,20 @@ def load(
     model.to(device).eval()
     handle = None if described.adapter is None else load_adapter(model, described.adapter)
     return Loaded(model, tokenizer, handle, tuple(head))
+
+
+def judged_by(loaded: Loaded, described: Description) -> tuple[Objective, AnyCollator]:
+    """How held-out records are judged, and what makes their batches."""
+    from lorafit.training.batches import Collator, LabelCollator, ValueCollator
+    from lorafit.training.loss import SupervisedLoss
+    from lorafit.training.objectives import Classes, NextToken, Numbers
+
+    pad = loaded.tokenizer.pad_token_id
+    if described.scale is not None:
+        return Numbers(described.scale), ValueCollator(pad)
+    if described.classifies:
+        return Classes(), LabelCollator(pad)
+    return NextToken(SupervisedLoss.prepare(loaded.model)), Collator(pad)
 
 
 def check_quantise(name: str | None) -> None:

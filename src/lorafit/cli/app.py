@@ -14,6 +14,8 @@ from lorafit.cli import (
     compare,
     demo,
     dimension,
+    draw,
+    dreambooth,
     eval,  # noqa: A004 (a command is called eval)
     export,
     inspection,
@@ -58,6 +60,10 @@ def command() -> Any:
     app.command("few-labels", help=_unwrapped(pseudo.few_labels), cls=OpenEnded, epilog=pseudo.EPILOG)(
         pseudo.few_labels
     )
+    app.command("dreambooth", help=_unwrapped(dreambooth.dreambooth), cls=OpenEnded, epilog=dreambooth.EPILOG)(
+        dreambooth.dreambooth
+    )
+    app.command("draw", help=_unwrapped(draw.draw))(draw.draw)
     app.command("inspect", help=_unwrapped(inspection.inspect))(inspection.inspect)
     app.command("resize", help=_unwrapped(resize.resize))(resize.resize)
     app.command("export", help=_unwrapped(export.export))(export.export)

@@ -53,7 +53,7 @@ def chat(
 
     Each side has its own conversation. Ctrl-C stops an answer; at the prompt it leaves.
     """
-    from lorafit.cli.adapters import CAUSAL, check_dtype, check_quantise, describe, load, storage_of
+    from lorafit.cli.adapters import ANY, CAUSAL, check_dtype, check_quantise, describe, load, storage_of
     from lorafit.cli.exits import usage
     from lorafit.cli.quiet import quiet
     from lorafit.cli.screen import Screen
@@ -64,10 +64,10 @@ def chat(
         check_quantise(quantise)
     screen = Screen()
     quiet()
-    described = describe(adapter, model, "?", screen.say)
+    described = describe(adapter, model, ANY, screen.say)
     if described.task_type != CAUSAL:
         raise ConfigError(
-            "this adapter is a classifier: it does not talk",
+            f"this adapter is a {'classifier' if described.scale is None else 'regression'}: it does not talk",
             where=adapter,
             expected="the adapter of a language model",
             fix=f"lorafit eval {adapter}",

@@ -11,10 +11,10 @@ from lorafit.errors import some
 
 if TYPE_CHECKING:
     from lorafit.cli.screen import Screen
-    from lorafit.training.data import Data, LabelledData
     from lorafit.training.datacheck import Inspected
     from lorafit.training.datacheck_findings import Finding, Findings
     from lorafit.training.examples import Example
+    from lorafit.training.valued import AnyData
 
 BINS = 8
 WIDTH = 40
@@ -59,10 +59,11 @@ def repetitions(examples: Sequence[Example]) -> list[str]:
     return places
 
 
-def _render(made: Data | LabelledData, tokenizer: Any, count: int, screen: Screen) -> list[dict[str, Any]]:
+def _render(made: AnyData, tokenizer: Any, count: int, screen: Screen) -> list[dict[str, Any]]:
     """Shows some records as the model gets them, what is learnt in green, or in [[brackets]] without a terminal."""
     from lorafit.training.data import LabelledData
     from lorafit.training.sequences import decode, rendering
+    from lorafit.training.valued import ValueData
 
     count = min(count, len(made.train))
     if count:
@@ -75,6 +76,8 @@ def _render(made: Data | LabelledData, tokenizer: Any, count: int, screen: Scree
         if isinstance(made, LabelledData):
             labelled = made.train[at]
             pieces = [(decode(tokenizer, labelled.input_ids), False), (f" → {made.labels[labelled.label]}", True)]
+        elif isinstance(made, ValueData):
+            pieces = [(decode(tokenizer, made.train[at].input_ids), False), (f" → {made.train[at].value:g}", True)]
         else:
             pieces = [(piece.text, piece.supervised) for piece in rendering(made.train[at], tokenizer)]
         screen.say(where, style="dim")
@@ -107,7 +110,7 @@ def _say_counts(seen: Inspected, twice: Sequence[str], screen: Screen) -> None:
     info = seen.made.info
     learnt, total = info["train_supervised_tokens"], info["train_tokens"]
     screen.say()
-    if "labels" in info:
+    if "labels" in info or "label_mean" in info:
         screen.say(f"trained on: {learnt:,} labels of {total:,} tokens of text")
     else:
         screen.say(f"trained on: {learnt:,} of {total:,} tokens ({learnt / total:.1%})")

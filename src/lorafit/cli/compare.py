@@ -59,8 +59,8 @@ def compare(
         str,
         typer.Option(
             "--reference",
-            metavar="base,full",
-            help="Beside them: the base model as it is (always), all weights trained.",
+            metavar="base,full,probe",
+            help="Beside them: the base model as it is (always), all weights trained, the head alone trained.",
             rich_help_panel=options.METHOD,
         ),
     ] = "base",

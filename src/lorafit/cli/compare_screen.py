@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
@@ -193,6 +194,26 @@ def final_table(comparison: Comparison, ranking: Ranking) -> tuple[list[str], li
     for name, reason in ranking.failed:
         rows.append(["-", name, "", "failed", reason, *[""] * (len(header) - 5)])
     return header, rows, [2, 3, *range(5, len(header))]
+
+
+def agreement_table(comparison: Comparison, ranking: Ranking) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows on how well numbers were predicted, the best first; None where none are."""
+    rows = []
+    candidates = {one["name"]: one for one in comparison.as_json()["candidates"]}
+    for place in ranking.places:
+        known = [one["agreement"] for one in candidates[place.name]["seeds"] if one["agreement"]]
+        if known:
+            rows.append([place.name, *(_told(known, key) for key in ("mean_absolute_error", "pearson", "spearman"))])
+    return (["", "mean absolute error", "Pearson", "Spearman"], rows) if rows else None
+
+
+def _told(found: Sequence[Mapping[str, float]], key: str) -> str:
+    """A mean over seeds, with the means of the ends."""
+    known = [each for each in found if f"{key}_low" in each]
+    if not known:
+        return "not defined"
+    value, low, high = (sum(each[name] for each in known) / len(known) for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _other(standing: Standing, metric: str) -> str:

@@ -105,7 +105,7 @@ def _compare(
 ) -> None:
     from lorafit.cli.compare_screen import progress
     from lorafit.experiments.advice import advise
-    from lorafit.experiments.candidates import default_rates, with_heads
+    from lorafit.experiments.candidates import check_probe, default_rates, with_heads
     from lorafit.experiments.comparison import COMPARISON, Comparison
     from lorafit.experiments.parts import part
 
@@ -118,8 +118,9 @@ def _compare(
         )
     for sentence in parts.said:
         screen.say(sentence)
-    made = with_heads(made, screen.say, classifies=parts.classifies)
-    rates = default_rates(made, screen.say, classifies=parts.classifies)
+    check_probe(made, labelled=parts.labelled)
+    made = with_heads(made, screen.say, labelled=parts.labelled)
+    rates = default_rates(made, screen.say, labelled=parts.labelled)
     plan = _plan(wishes, made, parts, rates, folder, runner, seconds, started, screen)
     for sentence in plan.said:
         screen.say(sentence)
@@ -127,7 +128,8 @@ def _compare(
     with view:
         comparison.run()
     ranking = _ranked(comparison, wishes.metric)
-    comparison.ranking = ranking.to_json()
+    unit = "as a share of the labels' variance" if parts.numbers else "nats"
+    comparison.ranking = {**ranking.to_json(), "unit": unit}
     comparison.advice = advise(comparison.as_json())
     comparison.write()
     _show(comparison, ranking, screen)
@@ -209,11 +211,16 @@ def _ranked(comparison: Any, metric: str) -> Ranking:
 
 
 def _show(comparison: Any, ranking: Ranking, screen: Screen) -> None:
-    from lorafit.cli.compare_screen import final_table
+    from lorafit.cli.compare_screen import agreement_table, final_table
 
     header, rows, right = final_table(comparison, ranking)
     screen.say()
     screen.table(header, rows, right=right, whole=range(2))
+    agreed = agreement_table(comparison, ranking)
+    if agreed is not None:
+        screen.say()
+        screen.table(*agreed, right=(1, 2, 3))
+        screen.say("means over the seeds, in brackets those of the ends of each seed's 95 % interval over test records")
     for sentence in [*comparison.notes(), *ranking.sentences(), *comparison.advice]:
         screen.say(sentence)
 

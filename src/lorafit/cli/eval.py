@@ -1,9 +1,9 @@
-"""`lorafit eval`: loss, perplexity and accuracy of an adapter, and of its base model beside it."""
+"""`lorafit eval`: how well an adapter predicts held-out records, and its base model beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +26,18 @@ class Score:
     """How well the held-out records are predicted.
 
     Attributes:
-        loss: nats per prediction.
-        perplexity: its exponential.
-        accuracy: share of right classes; None for a language model.
-        predictions: tokens, or records of a classifier.
+        loss: nats per prediction; of a regression the mean squared error as a share of the labels' variance.
+        perplexity: its exponential; None for a regression.
+        accuracy: share of right classes; None but for a classifier.
+        predictions: tokens, or records.
+        agreement: of a regression: error and correlations with their intervals, flat; None for anything else.
     """
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     accuracy: float | None
     predictions: int
+    agreement: dict[str, float] | None = None
 
 
 def evaluate(
@@ -136,29 +138,25 @@ def sides(loaded: Loaded) -> Sequence[tuple[str, AbstractContextManager[None]]]:
 
 def measure(loaded: Loaded, held: HeldOut, described: Description, batch_size: int) -> Score:
     """The mean over all predictions of the held-out records."""
-    from lorafit.cli.adapters import CLASSES
-    from lorafit.training.objectives import mean_loss
+    from lorafit.training.objectives import CORRECT, COUNTS, LOSSES, Numbers, mean_loss
 
-    total, count, correct = by_record(loaded, held, described, batch_size).sum(dim=0).tolist()
+    table = by_record(loaded, held, described, batch_size)
+    total, count, correct = (table[:, column].sum().item() for column in (LOSSES, COUNTS, CORRECT))
     loss = mean_loss(total, count)
-    accuracy = correct / count if described.task_type == CLASSES else None
-    return Score(loss, math.exp(min(loss, 700)), accuracy, int(count))
+    if described.scale is not None:
+        return Score(loss, None, None, int(count), Numbers(described.scale).figures(table))
+    return Score(loss, math.exp(min(loss, 700)), correct / count if described.classifies else None, int(count))
 
 
 def by_record(loaded: Loaded, held: HeldOut, described: Description, batch_size: int) -> torch.Tensor:
-    """The held-out records from short to long, (records, 3): loss, predictions and right ones of each."""
+    """The held-out records from short to long, as `Tally.stacked` has them: loss, predictions, right ones, pairs."""
     import torch
 
-    from lorafit.cli.adapters import CLASSES
-    from lorafit.training.batches import Collator, LabelCollator
-    from lorafit.training.loss import SupervisedLoss
-    from lorafit.training.objectives import Classes, NextToken
+    from lorafit.cli.adapters import judged_by
 
-    pad = loaded.tokenizer.pad_token_id
     device = next(loaded.model.parameters()).device
-    classifies = described.task_type == CLASSES
-    objective = Classes() if classifies else NextToken(SupervisedLoss.prepare(loaded.model))
-    collate: Any = LabelCollator(pad) if classifies else Collator(pad)
+    objective, made = judged_by(loaded, described)
+    collate: Any = made
     records: list[Any] = sorted(held.records, key=len)  # alike in length: little padding
     parts = []
     with torch.no_grad():
@@ -169,6 +167,9 @@ def by_record(loaded: Loaded, held: HeldOut, described: Description, batch_size:
 
 
 def _show(scores: dict[str, Score], screen: Screen) -> None:
+    if any(score.agreement is not None for score in scores.values()):
+        _show_numbers(scores, screen)
+        return
     classifies = any(score.accuracy is not None for score in scores.values())
     header = ("", "loss", "accuracy" if classifies else "perplexity", "records" if classifies else "tokens")
     rows = [
@@ -181,6 +182,32 @@ def _show(scores: dict[str, Score], screen: Screen) -> None:
         for name, score in scores.items()
     ]
     screen.table(header, rows, right=(1, 2, 3))
+
+
+def _show_numbers(scores: dict[str, Score], screen: Screen) -> None:
+    """A regression: the error in the labels' own unit, and correlations, each with its 95 % interval."""
+    header = ("", "loss", "mean absolute error", "Pearson", "Spearman", "records")
+    rows = []
+    for name, score in scores.items():
+        found = score.agreement or {}
+        cells = (within(found, key) for key in ("mean_absolute_error", "pearson", "spearman"))
+        rows.append((name, f"{score.loss:.4f}", *cells, f"{score.predictions:,}"))
+    screen.table(header, rows, right=(1, 2, 3, 4, 5))
+    screen.say(
+        "loss: squared error as a share of the variance of the labels that were learnt; brackets: 95 % intervals"
+    )
+
+
+def within(found: Mapping[str, float], key: str) -> str:
+    """One of `Agreement.figures` with its interval; what is not defined is said to be so.
+
+    >>> within({"pearson": 0.5, "pearson_low": 0.4, "pearson_high": 0.6}, "pearson"), within({}, "pearson")
+    ('0.500 (0.400 to 0.600)', 'not defined')
+    """
+    if key not in found:
+        return "not defined"
+    ends = "" if f"{key}_low" not in found else f" ({found[f'{key}_low']:.3f} to {found[f'{key}_high']:.3f})"
+    return f"{found[key]:.3f}{ends}"
 
 
 def _answered(loaded: Loaded, held: HeldOut, length: int, screen: Screen) -> list[dict[str, Any]]:

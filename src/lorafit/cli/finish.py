@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lorafit.training.outcome import Outcome, Shown
 
 Last = Literal["verdict", "report"]
+NUMBERS = {"mean_absolute_error": "mean absolute error", "pearson": "Pearson", "spearman": "Spearman"}
+"""What is told of a regression beside its loss → its name in the table; each has its 95 % interval in brackets."""
 
 
 def finish(settings: Settings, command: str, screen: Screen, *, last: Last) -> None:
@@ -62,7 +64,7 @@ def finish(settings: Settings, command: str, screen: Screen, *, last: Last) -> N
     screen.table(("", "before", "after"), _figures(outcome, summary), right=(1, 2))
     show_slices(outcome.findings.slices, screen)
     screen.say(_costs(outcome, summary))
-    classifies = summary.after is not None and summary.after.accuracy is not None
+    classifies = summary.after is not None and summary.after.labelled
     screen.say(f"adapter: {outcome.adapter}", whole=True)
     screen.say(f"try it:  lorafit {'eval' if classifies else 'chat'} {outcome.adapter}", whole=True)
     for line in [*told(outcome), *outcome.findings.lines()]:
@@ -90,8 +92,9 @@ def verdict(outcome: Outcome, classifies: bool) -> str:
     gained = round(before, 3) - round(after, 3)  # of the numbers as they are shown
     if abs(gained) < 5e-4:
         return f"held-out loss {before:.3f} → {after:.3f} (no different)"
-    word, unit = "better" if gained > 0 else "worse", "record" if classifies else "token"
-    return f"held-out loss {before:.3f} → {after:.3f} ({word} by {abs(gained):.3f} nats per {unit})"
+    word = "better" if gained > 0 else "worse"
+    unit = outcome.unit or f"nats per {'record' if classifies else 'token'}"
+    return f"held-out loss {before:.3f} → {after:.3f} ({word} by {abs(gained):.3f} {unit})"
 
 
 def show_answers(shown: tuple[Shown, ...], length: int, screen: Screen) -> None:
@@ -163,6 +166,8 @@ def _figures(outcome: Outcome, summary: Summary) -> list[tuple[str, str, str]]:
         rows.append(("perplexity", f"{before.perplexity:.4g}", f"{after.perplexity:.4g}"))
     if before and after and before.accuracy is not None and after.accuracy is not None:
         rows.append(("accuracy", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}"))
+    if before and after:
+        rows += [(name, before.told(key), after.told(key)) for key, name in NUMBERS.items() if after.knows(key)]
     return rows
 
 
@@ -188,6 +193,8 @@ def _as_json(outcome: Outcome, report: Path | None, summary: Summary | None) -> 
         "eval_loss_after": outcome.eval_after,
         "accuracy_before": None if before is None else before.accuracy,
         "accuracy_after": None if after is None else after.accuracy,
+        "agreement_before": None if before is None else before.agreement or None,
+        "agreement_after": None if after is None else after.agreement or None,
         "train_seconds": outcome.train_seconds,
         "seconds": outcome.seconds,
         "tokens_per_second": None if summary is None else summary.tokens_per_second,

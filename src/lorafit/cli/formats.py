@@ -66,19 +66,36 @@ def _hf(job: Job) -> Done:
     kind = job.dtype or stored_dtype(described)
     job.screen.say(f"{described.located.name} in {kind}, with {job.adapter}")
     loaded, probe, plain, adapted, untied = _merged(job, described, kind)
-    use = 'model = AutoModel.from_pretrained("this/folder")  # or the class that the base is loaded with'
-    card = _card(
-        job, described, f"{job.name}: a merged model", f"```python\nfrom transformers import AutoModel\n{use}\n```"
-    )
+    use = _loading(described, loaded.tokenizer.pad_token_id)
+    card = _card(job, described, f"{job.name}: a merged model", f"```python\n{use}\n```")
     found = write(loaded, described, job.output, probe, plain, adapted, keep=True, card=card)
     show(found, job.screen)
     return Done(found.difference, found.tolerance, "logit", {"dtype": kind, "untied": untied, "effect": found.effect})
 
 
+def _loading(described: Description, pad: int) -> str:
+    """How a merged model is loaded, in Python."""
+    if described.pooling is not None:
+        return (
+            "import torch\n"
+            "from lorafit.training.models import Located, load_classifier\n"
+            "\n"
+            "# Its head reads the pooled states of the encoder, for which transformers has no class.\n"
+            'located = Located("this/folder", "this/folder")\n'
+            f"labels = {list(described.labels)!r}\n"
+            f"model, _ = load_classifier(located, torch.float32, labels, {pad}, pooling={described.pooling!r})"
+        )
+    if described.headed:
+        kind, rest = "AutoModelForSequenceClassification", ""
+    else:
+        kind, rest = "AutoModel", "  # or the class that the base is loaded with"
+    return f'from transformers import {kind}\nmodel = {kind}.from_pretrained("this/folder"){rest}'
+
+
 def _merged(job: Job, described: Description, kind: str) -> tuple[Any, Any, Any, Any, bool]:
     """The model with the adapter in its weights; tokens, and the logits for them before and with the adapter."""
     from lorafit.cli.adapters import PLAIN, load, run_storage
-    from lorafit.cli.merge import fold
+    from lorafit.cli.merge import fold, in_labels
     from lorafit.cli.probing import logits_of, probe_for
 
     if run_storage(job.adapter) != PLAIN:
@@ -92,6 +109,7 @@ def _merged(job: Job, described: Description, kind: str) -> tuple[Any, Any, Any,
     untied = fold(loaded, job.untie)
     if untied:
         job.screen.say("the weights are no longer tied")
+    plain, adapted = in_labels(loaded, described, plain, adapted, job.screen.say)
     return loaded, probe, plain, adapted, untied
 
 

@@ -95,25 +95,28 @@ def heldout(request: Wanted, described: Description, samples: int, say: Callable
     Raises:
         DataError: the data cannot be read or recognised, or have nothing to measure.
     """
-    from lorafit.cli.adapters import CLASSES
     from lorafit.training.data import load_data, load_examples, load_labelled_data
     from lorafit.training.examples import Labelled
     from lorafit.training.models import Located, load_tokenizer
+    from lorafit.training.valued import load_value_data
 
     tokenizer = load_tokenizer(Located(described.tokenizer_path, described.located.name))
     loaded = load_examples(request.data)
-    classifies = described.task_type == CLASSES
+    what = "classifier" if described.classifies else "regression"
     labelled = isinstance(loaded.train[0], Labelled)
-    if classifies != labelled:
+    if described.headed != labelled:
         raise DataError(
             "the data are not of the adapter's kind",
             where=loaded.train[0].where,
             found=f"{loaded.form.name} form",
-            expected="texts with labels: the adapter is a classifier" if classifies else "texts or conversations",
+            expected=f"texts with labels: the adapter is a {what}" if described.headed else "texts or conversations",
             fix="--data names others; --columns says which columns they are",
         )
-    if classifies:
-        made: Any = load_labelled_data(
+    made: Any
+    if described.scale is not None:
+        made = load_value_data(tokenizer, max_length=request.max_length, loaded=loaded, scale=described.scale)
+    elif described.classifies:
+        made = load_labelled_data(
             request.data, tokenizer, max_length=request.max_length, labels=described.labels, loaded=loaded
         )
     else:
@@ -124,4 +127,4 @@ def heldout(request: Wanted, described: Description, samples: int, say: Callable
     if request.limit is not None and request.limit < len(records):
         records = [records[place * len(records) // request.limit] for place in range(request.limit)]
         say(f"{len(records):,} of them, evenly chosen")
-    return HeldOut(list(records), [] if classifies else list(made.samples), made.info)
+    return HeldOut(list(records), [] if described.headed else list(made.samples), made.info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +93,7 @@ def merge(
     untied = fold(loaded, untie)
     if untied:
         screen.say("the weights are no longer tied: config.tie_word_embeddings is false")
+    plain, adapted = in_labels(loaded, described, plain, adapted, screen.say)
     found = write(loaded, described, output_dir, probe, plain, adapted)
     show(found, screen)
     screen.say(f"merged: {output_dir}", whole=True)
@@ -126,6 +128,44 @@ def fold(loaded: Loaded, untie: bool) -> bool:
         loaded.model.config.tie_word_embeddings = False
         return True
     return False
+
+
+def in_labels(
+    loaded: Loaded, described: Description, plain: torch.Tensor, adapted: torch.Tensor, say: Callable[[str], object]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Has the merged head of a regression give labels, rather than what they were learnt as; says what else to know.
+
+    Returns:
+        The logits of base and adapter, as they have to be then.
+    """
+    import torch
+
+    from lorafit.training.models import head_paths
+    from lorafit.training.numbers import SCALE
+
+    if described.pooling is not None:
+        say(
+            f"the merged model is a {type(loaded.model).__name__}, a class of lorafit's: transformers alone does not "
+            "read it; lorafit.training.models.load_classifier does"
+        )
+    scale = described.scale
+    if scale is None or scale == scale.kept:
+        return plain, adapted
+    parameters = dict(loaded.model.named_parameters())
+    for path in head_paths(loaded.model):
+        weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")
+        if weight is not None and bias is not None and weight.ndim == 2 and weight.shape[0] == 1:
+            with torch.no_grad():
+                weight.mul_(scale.factor)
+                bias.mul_(scale.factor).add_(scale.offset)
+            say(f"the head gives labels now: its weights times {scale.factor:.3g}, its bias {scale.offset:+.3g}")
+            return scale.label(plain), scale.label(adapted)
+    setattr(loaded.model.config, SCALE, scale.as_json())
+    say(
+        f"the head has no bias to hold the labels' mean: a label is {scale.offset:.6g} + {scale.factor:.6g} times the "
+        f"output (config.json: {SCALE})"
+    )
+    return plain, adapted
 
 
 def _tied(model: Any) -> bool:
@@ -185,7 +225,8 @@ def _compare(
     kind = next(loaded.model.parameters()).dtype
     place = Located(str(written), described.located.name)
     if described.task_type == CLASSES:
-        again, missing = load_classifier(place, kind, described.labels, loaded.tokenizer.pad_token_id)
+        pad = loaded.tokenizer.pad_token_id
+        again, missing = load_classifier(place, kind, described.labels, pad, pooling=described.pooling)
         if missing:
             raise MergeError("the written model lacks weights", where=written, found=", ".join(missing))
     else:

@@ -147,7 +147,7 @@ Task = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        help="causal-lm, sequence-classification, or auto (what the records are).",
+        help="causal-lm, classification, regression, or auto (what the records are).",
         rich_help_panel=DATA,
     ),
 ]

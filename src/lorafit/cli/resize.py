@@ -25,6 +25,7 @@ SIZE = "Size"
 ENERGIES = (0.99, 0.95, 0.9, 0.8, 0.5)
 BESIDE = (
     "labels.json",
+    "task.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,7 +37,7 @@ BESIDE = (
     "tokenizer.model",
     "spiece.model",
 )
-"""Files of an adapter's folder that its smaller one needs as well: the names of classes, and the tokenizer's."""
+"""Files of an adapter's folder that its smaller one needs as well: on its head, and the tokenizer's."""
 TRIED = "resized"
 """The name of a smaller adapter while it is measured."""
 
@@ -255,17 +256,13 @@ def _sizes(asked: Asked, source: Source, measured: Measured | None, screen: Scre
 
 
 def _importance(measured: Measured) -> dict[str, float]:
-    from lorafit.cli.adapters import CLASSES
+    from lorafit.cli.adapters import judged_by
     from lorafit.importance import importance
-    from lorafit.training.batches import Collator, LabelCollator
+    from lorafit.training.batches import inputs_of
 
-    pad = measured.loaded.tokenizer.pad_token_id
-    collate: Any = LabelCollator(pad) if measured.described.task_type == CLASSES else Collator(pad)
+    collate: Any = judged_by(measured.loaded, measured.described)[1]
     records, size = sorted(measured.held.records, key=len), measured.batch_size
-    batches = (
-        {key: value for key, value in collate(records[start : start + size]).items() if key != "labels"}
-        for start in range(0, len(records), size)
-    )
+    batches = (inputs_of(collate(records[start : start + size])) for start in range(0, len(records), size))
     assert measured.loaded.handle is not None
     return importance(measured.loaded.handle, batches)
 
@@ -331,12 +328,16 @@ def _written(adapter: Path, source: Source, size: Size, output_dir: Path) -> flo
     from lorafit.exporting.folder import fresh
     from lorafit.resizing import difference
     from lorafit.resizing import resize as write
+    from lorafit.training.headed import Headed
 
     with fresh(output_dir) as folder:
         write(source, size, folder)
         for name in BESIDE:
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
+        head = Headed.read(folder)
+        if head is not None:
+            head.warn(folder)
     worst = difference(source, size, store.read(output_dir))
     largest = max(max(each.spectrum.values, default=0.0) for each in source.layers.values())
     if not worst <= 1e-4 * max(largest, 1e-30):

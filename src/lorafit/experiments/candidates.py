@@ -11,9 +11,10 @@ from lorafit.experiments.parts import Parts
 from lorafit.experiments.trial import Kind, Notify
 from lorafit.training.aliases import ALIASES
 from lorafit.training.config import Layer, Settings, resolve
+from lorafit.training.tasks import NUMBERS
 
-REFERENCES = ("base", "full")
-SAVE_STEPS = {Kind.ADAPTER: 0.25, Kind.FULL: 0.5, Kind.BASE: 0.5}
+REFERENCES = ("base", "full", "probe")
+SAVE_STEPS = {Kind.ADAPTER: 0.25, Kind.FULL: 0.5, Kind.BASE: 0.5, Kind.PROBE: 0.5}
 """How often a trial is saved, as a share of its steps, where the user says nothing: all weights take their time."""
 OWN: Mapping[str, str] = {
     "method": "--methods a,b",
@@ -21,7 +22,7 @@ OWN: Mapping[str, str] = {
 }
 ALIKE = frozenset(
     {"model", "data", "data_split", "eval_data", "eval_data_split", "eval_split", "eval_limit", "columns", "group"}
-    | {"slice", "task", "max_length", "seed", "keep_best", "early_stopping", "eval_strategy", "eval_steps"}
+    | {"slice", "task", "pooling", "max_length", "seed", "keep_best", "early_stopping", "eval_strategy", "eval_steps"}
     | {"max_steps", "num_train_epochs", "gradient_accumulation_steps"}
     | {"per_device_train_batch_size", "per_device_eval_batch_size"}
 )
@@ -70,6 +71,8 @@ class Candidate:
                 "group": None,
                 "seed": seed,
                 "samples": 0,
+                # Guessed of all records: a part of them could look otherwise.
+                "task": NUMBERS if parts.numbers else self.settings.task,
                 "general": "none",  # what is forgotten is no part of the comparison, and takes as long as the steps
                 "target": None,
                 "training": {**given, **training},
@@ -93,7 +96,7 @@ def candidates(
     Args:
         layers: as `resolve` takes them; besides, a method's name with a mapping holds settings of that method alone.
         methods: names.
-        references: "base", "full".
+        references: "base", "full", "probe".
         say: is told what a method is not given, and neighbours' spellings.
 
     Raises:
@@ -145,7 +148,7 @@ def _check_references(references: Sequence[str]) -> None:
                 "no such reference",
                 where="--reference",
                 found=repr(name),
-                expected=" or ".join(REFERENCES),
+                expected=", ".join(REFERENCES),
                 near=nearest(name, REFERENCES),
                 fix="--reference base,full",
             )
@@ -206,11 +209,11 @@ def _tell_left_out(name: str, shared: Sequence[Layer], strange: set[str], say: N
 
 def _check(candidate: Candidate) -> None:
     settings = candidate.settings
-    if candidate.kind is Kind.FULL and settings.quantise != "none":
+    if candidate.kind in (Kind.FULL, Kind.PROBE) and settings.quantise != "none":
         raise ConfigError(
             "the weights of a quantised base cannot be trained",
             where="--reference",
-            found=f"full, and quantise={settings.quantise}",
+            found=f"{candidate.name}, and quantise={settings.quantise}",
             fix="--reference base, or leave quantise out",
         )
     if settings.early_stopping:
@@ -229,7 +232,19 @@ def _check(candidate: Candidate) -> None:
         )
 
 
-def with_heads(made: Sequence[Candidate], say: Notify, *, classifies: bool) -> list[Candidate]:
+def check_probe(made: Sequence[Candidate], *, labelled: bool) -> None:
+    """Raises `ConfigError` where a head is to be trained alone and there is none: for records without labels."""
+    if not labelled and any(one.kind is Kind.PROBE for one in made):
+        raise ConfigError(
+            "a language model has no head that could be trained alone",
+            where="--reference",
+            found="probe",
+            expected="records with labels: a classifier or a regression",
+            fix="--reference base,full",
+        )
+
+
+def with_heads(made: Sequence[Candidate], say: Notify, *, labelled: bool) -> list[Candidate]:
     """The candidates with one rate for what is trained in full beside an adapter, such as a new head.
 
     Methods want rates that are hundreds of times apart. A head wants the same beside each, and what is compared are
@@ -239,7 +254,7 @@ def with_heads(made: Sequence[Candidate], say: Notify, *, classifies: bool) -> l
         ConfigError: there is no such model.
     """
     first = made[0].settings
-    if first.full_learning_rate is not None or not (classifies or first.modules_to_save):
+    if first.full_learning_rate is not None or not (labelled or first.modules_to_save):
         return list(made)
     rate = _width_rate(first, say)
     say(f"what is trained in full beside an adapter learns at {rate:.2g} in every run; --full-learning-rate sets it")
@@ -263,7 +278,7 @@ def _width_rate(settings: Settings, say: Notify) -> float:
     return default_rate(_config(settings, say).get_text_config().hidden_size)
 
 
-def default_rates(made: Sequence[Candidate], say: Notify, *, classifies: bool) -> dict[str, float]:
+def default_rates(made: Sequence[Candidate], say: Notify, *, labelled: bool) -> dict[str, float]:
     """The rate that each search begins with: what `lorafit train` would take.
 
     Only the shapes of the model are looked at: its weights are not loaded.
@@ -273,26 +288,32 @@ def default_rates(made: Sequence[Candidate], say: Notify, *, classifies: bool) -
         TargetError: no such layers.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
 
-    from lorafit.experiments.full import TIMES
+    from lorafit.experiments.trained import Everything, Probe
     from lorafit.methods import build
     from lorafit.plan import Modules, choose, saved_paths
-    from lorafit.training.models import default_rate
+    from lorafit.training.models import classifier_shape, default_rate, locate
     from lorafit.training.planning_shades import shades
+    from lorafit.training.pooling import pooling_of
 
     first = made[0].settings
     config = _config(first, say)
     width = default_rate(config.get_text_config().hidden_size)
+    pooling = pooling_of(locate(first.model, say).path, first.pooling).kind if labelled else None
     with torch.device("meta"):
-        kind: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-        model = kind.from_config(config)
+        if labelled:  # how many classes there are plays no part
+            model = classifier_shape(config, ("no", "yes"), 0, pooling)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
     shades(model)
     modules = Modules.of(model)
     rates = {}
     for one in made:
         if one.kind is Kind.FULL:
-            rates[one.name] = width * TIMES
+            rates[one.name] = width * Everything.times
+        elif one.kind is Kind.PROBE:
+            rates[one.name] = width * Probe.times
         elif one.kind is Kind.ADAPTER:
             settings = one.settings
             saved = saved_paths(modules, settings.modules_to_save)

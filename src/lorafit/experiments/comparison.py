@@ -86,6 +86,8 @@ def _seed(seed: int, result: Result) -> dict[str, Any]:
         "losses": [] if measured is None else list(measured.losses),
         "counts": [] if measured is None else list(measured.counts),
         "correct": None if measured is None or measured.correct is None else list(measured.correct),
+        "pairs": None if measured is None or measured.pairs is None else [list(pair) for pair in measured.pairs],
+        "agreement": None if measured is None else measured.agreement(),
         "steps": result.steps,
         "extra_steps": result.extra_steps,
         "tokens": result.tokens,

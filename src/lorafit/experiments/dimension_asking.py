@@ -17,8 +17,7 @@ from lorafit.experiments.trial import Kind, Notify
 from lorafit.methods import method_class
 from lorafit.methods.intrinsic import IntrinsicDimension
 from lorafit.training.config import DEFAULT_TRAINING, Settings
-from lorafit.training.data import DataSettings, load_examples
-from lorafit.training.examples import Labelled
+from lorafit.training.tasks import NUMBERS
 
 FILE = "dimension.json"
 PAGE = "dimension.html"
@@ -113,8 +112,9 @@ def ask(settings: Settings, wanted: Wanted, folder: Path, notify: Notify) -> Ask
     for sentence in parts.said:
         notify(sentence)
     shared = _shared(settings.model_copy(update={"training": training}), parts.train, parts.validation)
-    classifies = settings.task == "sequence-classification" or (settings.task == "auto" and _labelled(shared))
-    found = limits(settings, classifies, notify)
+    if parts.numbers:  # guessed of all records: a part of them could look otherwise
+        shared = shared.model_copy(update={"task": NUMBERS})
+    found = limits(settings, parts.labelled, notify)
     if shared.full_learning_rate is None and (found.head or shared.modules_to_save):
         # Each trial names its rate, which for a subspace is hundreds of times what weights can bear.
         shared = shared.model_copy(update={"full_learning_rate": found.head_rate})
@@ -214,12 +214,6 @@ def _shared(settings: Settings, train: str, validation: str) -> Settings:
             "output_dir": "",
         }
     )
-
-
-def _labelled(settings: Settings) -> bool:
-    assert settings.eval_data is not None
-    found = load_examples(DataSettings(settings.eval_data, columns=settings.columns))
-    return isinstance(found.train[0], Labelled)
 
 
 def _plan(wanted: Wanted, found: Limits, seed: int) -> Plan:

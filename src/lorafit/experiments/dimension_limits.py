@@ -13,8 +13,9 @@ from lorafit.methods import build
 from lorafit.methods.intrinsic import IntrinsicDimension, layer_of
 from lorafit.plan import Modules, choose, saved_paths
 from lorafit.training.config import Settings
-from lorafit.training.models import Notify, default_rate, locate
+from lorafit.training.models import Notify, classifier_shape, default_rate, head_paths, locate
 from lorafit.training.planning_shades import shades
+from lorafit.training.pooling import pooling_of
 
 
 @final
@@ -26,7 +27,7 @@ class Limits:
         shapes: of the adapted layers' weights.
         layers: of these, counted as SAID counts them: one λ each.
         width: of the model's hidden states.
-        head: whether a classifier's head is new, and trained in full beside the subspace.
+        head: whether there is one, which is trained in full beside the subspace.
     """
 
     shapes: tuple[Shape, ...]
@@ -57,14 +58,14 @@ class Limits:
         return default_rate(self.width) * build(settings.method, settings.method_options).rate(self.shapes)
 
 
-def limits(settings: Settings, classifies: bool, notify: Notify) -> Limits:
+def limits(settings: Settings, labelled: bool, notify: Notify) -> Limits:
     """Those of the model and the targets of these settings; nothing but the config is read.
 
     Raises:
         ConfigError: there is no such model.
         TargetError: the targets match nothing.
     """
-    model, head = _shape(settings, classifies, notify)
+    model, head = _shape(settings, labelled, notify)
     shades(model)  # layers on the meta device are refused
     modules = Modules.of(model)
     saved = saved_paths(modules, list(dict.fromkeys([*settings.modules_to_save, *head])))
@@ -77,18 +78,18 @@ def limits(settings: Settings, classifies: bool, notify: Notify) -> Limits:
     )
 
 
-def _shape(settings: Settings, classifies: bool, notify: Notify) -> tuple[Any, list[str]]:
-    """The model without weights, and the modules that its checkpoint does not hold."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+def _shape(settings: Settings, labelled: bool, notify: Notify) -> tuple[Any, list[str]]:
+    """The model without weights, and the modules of its head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     located = locate(settings.model, notify)
+    pooling = pooling_of(located.path, settings.pooling).kind if labelled else None
     try:
         config = AutoConfig.from_pretrained(located.path)
         with torch.device("meta"):
-            if not classifies:
+            if not labelled:
                 return AutoModelForCausalLM.from_config(config), []
-            known = any("SequenceClassification" in name for name in config.architectures or ())
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = classifier_shape(config, ("no", "yes"), 0, pooling)  # how many there are plays no part
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the model's config cannot be read: {str(error).strip().splitlines()[0]}",
@@ -96,6 +97,4 @@ def _shape(settings: Settings, classifies: bool, notify: Notify) -> tuple[Any, l
             expected="a model directory, or a hub name that can be reached",
             fix="mend the name, or leave model out for the embedded default",
         ) from error
-    inside = f"{model.base_model_prefix}."
-    outside = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(inside)}
-    return model, [] if known else sorted(outside)
+    return model, head_paths(model)

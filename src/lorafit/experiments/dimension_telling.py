@@ -196,7 +196,7 @@ def _space(found: Measuring, told: Mapping[str, Any]) -> str:
         return space
     rate = found.question.settings.full_learning_rate
     told_rate = "" if rate is None else f" at rate {rate:.2g}"
-    return f"{space}; the classifier's new head is trained in full beside them{told_rate}, and not counted in d"
+    return f"{space}; the head is trained in full beside them{told_rate}, and not counted in d"
 
 
 def _sureness(found: Measuring, told: Mapping[str, Any], over: Interval) -> str:

@@ -1,4 +1,4 @@
-"""All weights trained, with no adapter: the reference that adapters are held against.
+"""All weights trained, or the head alone, with no adapter: the references that adapters are held against.
 
 The data, their order, the objective, the batches and the evaluation are those of `training/run.py`; the loop and the
 checkpoints are `transformers.Trainer`'s.
@@ -22,6 +22,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from lorafit import files
 from lorafit.errors import ConfigError
+from lorafit.experiments.trained import Everything, Trained
 from lorafit.experiments.trial import Notify
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.callbacks import Interrupt, Timing, terminated
@@ -34,19 +35,17 @@ from lorafit.training.prepare import Task, prepare, training_arguments
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
 from lorafit.training.trainer import DivergedError, planned_steps, records_per_step, settle_warmup
 
-MODEL = "model"
 BEST = "best"
 STEP = "step.json"
-TIMES = 0.1
-"""The default rate, relative to that of LoRA: ten times lower ("LoRA Without Regret", 2025)."""
 
 
-def train_full(settings: Settings, notify: Notify) -> float | None:
-    """Trains all weights, or goes on where it was stopped; the folder then has them in `model`.
+def train_full(settings: Settings, notify: Notify, trained: Trained | None = None) -> float | None:
+    """Trains all weights or some, or goes on where it was stopped; the folder then has them.
 
     Args:
         settings: of the run; those of the method are not used.
         notify: is told what is decided.
+        trained: which weights; all of them if None.
 
     Returns:
         The held-out loss of what was kept: of the evaluation with the lowest, or the last one.
@@ -63,21 +62,24 @@ def train_full(settings: Settings, notify: Notify) -> float | None:
             expected="none, where all weights are trained",
             fix="leave quantise out, or the reference",
         )
+    trained = Everything() if trained is None else trained
     folder = open_folder(settings)
     recorder = Recorder(folder.records)
     checkpoint = newest(folder.path)
-    recorder.write("run", run="full", command="full", resumed_from_step=_step(checkpoint))
+    recorder.write("run", run=trained.name, command=trained.name, resumed_from_step=_step(checkpoint))
     with terminated():
         # Weights that are trained are kept in 32 bits, whatever the frozen base of an adapter may be in.
         arguments = training_arguments(settings, folder.path)
         task = prepare(settings.model_copy(update={"dtype": "float32"}), arguments, notify)
         folder.check_data(task.fingerprint)
         if "learning_rate" not in settings.training:
-            arguments.learning_rate = default_rate(task.model.config.get_text_config().hidden_size) * TIMES
-        trainer = WholeTrainer(task, arguments, recorder, folder.path / BEST if settings.keep_best else None)
+            arguments.learning_rate = default_rate(task.model.config.get_text_config().hidden_size) * trained.times
+        trained.choose(task.model)
+        best = folder.path / BEST if settings.keep_best else None
+        trainer = WholeTrainer(task, arguments, recorder, best, trained)
         parameters = [one for one in task.model.parameters() if one.requires_grad]
         resolved = {
-            "method": "full",
+            "method": trained.name,
             "learning_rate": arguments.learning_rate,
             "trainable": sum(one.numel() for one in parameters),
             "train_steps": planned_steps(arguments, len(task.data.train)),
@@ -87,10 +89,12 @@ def train_full(settings: Settings, notify: Notify) -> float | None:
         recorder.write("data", **task.data.info)
         if checkpoint is None and trainer.eval_dataset is not None:
             trainer.evaluate()
-        return _trained(trainer, task, folder.path, checkpoint, notify)
+        return _trained(trainer, task, folder.path, checkpoint, trained, notify)
 
 
-def _trained(trainer: WholeTrainer, task: Task, folder: Path, checkpoint: Path | None, notify: Notify) -> float | None:
+def _trained(
+    trainer: WholeTrainer, task: Task, folder: Path, checkpoint: Path | None, trained: Trained, notify: Notify
+) -> float | None:
     interrupt = Interrupt(notify)
     trainer.add_callback(interrupt)
     try:
@@ -104,8 +108,7 @@ def _trained(trainer: WholeTrainer, task: Task, folder: Path, checkpoint: Path |
     if trainer.eval_dataset is not None:
         loss = trainer.kept_loss if trainer.evaluated == state.global_step else trainer.evaluate()["eval_loss"]
         loss = trainer.restore(loss)
-    task.model.save_pretrained(folder / MODEL)
-    task.tokenizer.save_pretrained(folder / MODEL)
+    trained.save(task, folder)
     shutil.rmtree(folder / BEST, ignore_errors=True)
     return loss
 
@@ -122,18 +125,19 @@ def _step(checkpoint: Path | None) -> int:
 
 @final
 class WholeTrainer(Trainer):
-    """Trains every weight of a task's model on the task's objective.
+    """Trains weights of a task's model on the task's objective.
 
     Args:
         task: model, data and objective.
         arguments: of training.
         recorder: is told steps and evaluations.
         best: the folder to keep the weights of the lowest held-out loss in; None keeps the last ones.
+        trained: which weights are trained.
     """
 
     control: Any
 
-    def __init__(self, task: Task, arguments: Any, recorder: Recorder, best: Path | None) -> None:
+    def __init__(self, task: Task, arguments: Any, recorder: Recorder, best: Path | None, trained: Trained) -> None:
         lengths = [len(one) for one in task.data.train]
         settle_warmup(arguments, len(lengths))
         super().__init__(
@@ -149,6 +153,7 @@ class WholeTrainer(Trainer):
         self._objective: Objective = task.objective
         self._recorder = recorder
         self._best = best
+        self._trained = trained
         self._lengths: Sequence[int] = lengths
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -164,6 +169,7 @@ class WholeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        self._trained.settle(model)
         self.meter.count(self._objective.tokens(inputs), self._objective.counted(inputs))
         loss = self._objective.loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss.detach()):

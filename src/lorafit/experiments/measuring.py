@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorafit.checkpoint import load as load_adapter
+from lorafit.experiments.trained import load_head
 from lorafit.experiments.trial import Measured, Notify
-from lorafit.training.batches import Collator, LabelCollator
+from lorafit.training.batches import AnyCollator, Collator, LabelCollator, ValueCollator
 from lorafit.training.config import Settings
-from lorafit.training.data import DataSettings, Examples, load_data, load_examples, load_labelled_data
-from lorafit.training.examples import Labelled
-from lorafit.training.folder import LABELS
+from lorafit.training.data import (
+    DataSettings,
+    Examples,
+    labelled_ones,
+    load_data,
+    load_examples,
+    load_labelled_data,
+)
 from lorafit.training.forms import label_names
+from lorafit.training.headed import Headed
 from lorafit.training.loss import SupervisedLoss
-from lorafit.training.models import choose_dtype, load_classifier, load_tokenizer, locate
-from lorafit.training.objectives import Classes, NextToken, Objective
+from lorafit.training.models import choose_dtype, head_paths, load_classifier, load_tokenizer, locate
+from lorafit.training.numbers import Scale
+from lorafit.training.objectives import Classes, NextToken, Numbers, Objective
+from lorafit.training.pooling import pooling_of
 from lorafit.training.quantised import load_base, quantise_loaded
+from lorafit.training.tasks import CAUSAL, NUMBERS, decide, numbers
+from lorafit.training.valued import load_value_data
 
 BATCH = 16
 
@@ -34,41 +44,68 @@ class Model:
         model: in evaluation mode, on the device that computes.
         tokenizer: its own.
         objective: what a record's loss is.
-        labels: a classifier's classes by index; None for a language model.
+        head: of a classifier or a regression; None for a language model.
     """
 
     model: Any
     tokenizer: Any
     objective: Objective
-    labels: tuple[str, ...] | None
+    head: Headed | None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """A classifier's classes by index; None for anything else."""
+        return None if self.head is None or self.head.scale is not None else self.head.labels
 
 
 def bare(settings: Settings, notify: Notify) -> Model:
-    """The base model of a run, with nothing on it; a classifier's new head has the values that the run starts from."""
-    labels = _labels(settings)
-    return _loaded(settings, labels, notify)
+    """The base model of a run, with nothing on it; a new head has the values that the run starts from."""
+    return _loaded(settings, _head(settings), notify, new=True)
 
 
 def adapted(settings: Settings, adapter: Path, notify: Notify) -> Model:
     """The base model of a run with the adapter that it left."""
-    named = adapter / LABELS
-    labels = tuple(json.loads(named.read_text(encoding="utf-8"))) if named.is_file() else None
-    loaded = _loaded(settings, labels, notify, adapter)
+    loaded = _loaded(settings, Headed.read(adapter), notify)
     load_adapter(loaded.model, adapter)
     loaded.model.eval()
     return loaded
 
 
-def _labels(settings: Settings) -> tuple[str, ...] | None:
-    """The classes of a run's data, as the run has them; None if it trains a language model."""
+def whole(settings: Settings, folder: Path, notify: Notify) -> Model:
+    """The model of which a run trained all weights, from the folder that it left."""
+    return _loaded(settings.model_copy(update={"model": str(folder), "dtype": "float32"}), Headed.read(folder), notify)
+
+
+def probed(settings: Settings, folder: Path, notify: Notify) -> Model:
+    """The base model of a run with the head that it trained alone."""
+    loaded = _loaded(settings.model_copy(update={"dtype": "float32"}), Headed.read(folder), notify)
+    load_head(loaded.model, folder)
+    return loaded
+
+
+def _head(settings: Settings) -> Headed | None:
+    """The head that a run gives a model for its data, as it has it; None if it trains a language model."""
     assert settings.data is not None
     examples = load_examples(DataSettings(settings.data, eval_data=settings.eval_data, columns=settings.columns))
-    labelled = [one for one in [*examples.train, *examples.eval] if isinstance(one, Labelled)]
-    classifies = settings.task == "sequence-classification" or (settings.task == "auto" and bool(labelled))
-    return label_names(labelled) if classifies else None
+    task = decide(settings.task, [*examples.train, *examples.eval]).task
+    if task == CAUSAL:
+        return None
+    train, held = (labelled_ones(part, examples.form) for part in (examples.train, examples.eval))
+    pooling = pooling_of(locate(settings.model, _quiet).path, settings.pooling).kind
+    if task == NUMBERS:
+        return Headed((), Scale.new(numbers(train)), pooling)
+    return Headed(label_names([*train, *held]), None, pooling)
 
 
-def _loaded(settings: Settings, labels: tuple[str, ...] | None, notify: Notify, adapter: Path | None = None) -> Model:
+def _quiet(line: str) -> None:
+    """What the loading of the model says again."""
+
+
+def _loaded(settings: Settings, head: Headed | None, notify: Notify, *, new: bool = False) -> Model:
+    """The base model with a head, which is as the run began with it if it is `new`, and else to be filled or trained.
+
+    A regression's head that the model's own files bring gives the labels themselves.
+    """
     located = locate(settings.model, notify)
     tokenizer = load_tokenizer(located)
     device = torch.device("cpu")
@@ -77,16 +114,28 @@ def _loaded(settings: Settings, labels: tuple[str, ...] | None, notify: Notify, 
         device = device if found is None else found
     dtype = choose_dtype(settings.dtype, device)
     objective: Objective
-    if labels is None:
+    if head is None:
         # Modules that the adapter brings whole copies of are not quantised, as they were not in training.
         model, _ = load_base(settings.quantise, located, dtype, settings.modules_to_save)
         objective = NextToken(SupervisedLoss.prepare(model))
     else:
-        model, head = load_classifier(located, dtype, labels, tokenizer.pad_token_id, seed=settings.seed)
-        quantise_loaded(settings.quantise, model, [*settings.modules_to_save, *head])
-        objective = Classes()
+        pad, seed = tokenizer.pad_token_id, settings.seed
+        model, fresh = load_classifier(located, dtype, head.labels, pad, seed=seed, pooling=head.pooling)
+        own = head_paths(model)
+        quantise_loaded(settings.quantise, model, [*settings.modules_to_save, *fresh, *own])
+        if new and own and not {*own} & {*fresh} and head.scale is not None:
+            head = replace(head, scale=head.scale.brought(model.config))
+        objective = Classes() if head.scale is None else Numbers(head.scale)
     model.to(device).eval()
-    return Model(model, tokenizer, objective, labels)
+    return Model(model, tokenizer, objective, head)
+
+
+def collator_of(model: Model) -> AnyCollator:
+    """What makes batches for a model."""
+    pad = model.tokenizer.pad_token_id
+    if model.head is None:
+        return Collator(pad)
+    return LabelCollator(pad) if model.head.scale is None else ValueCollator(pad)
 
 
 def measure(model: Model, settings: Settings, path: str) -> Measured:
@@ -99,10 +148,10 @@ def measure(model: Model, settings: Settings, path: str) -> Measured:
         DataError: the file cannot be read.
     """
     encoded, wheres = _encoded(model, settings, path)
-    pad = model.tokenizer.pad_token_id
-    collator: Any = Collator(pad) if model.labels is None else LabelCollator(pad)
+    collator: Any = collator_of(model)
     places = {where: place for place, where in enumerate(dict.fromkeys(wheres))}
     losses, counts, correct = ([0.0] * len(places) for _ in range(3))
+    pairs: dict[int, tuple[float, float]] = {}
     counted = False
     order = sorted(range(len(encoded)), key=lambda place: (len(encoded[place]), place))
     device = next(model.model.parameters()).device
@@ -114,12 +163,19 @@ def measure(model: Model, settings: Settings, path: str) -> Measured:
             tally = model.objective.tally(model.model, given)
             counted = tally.correct is not None
             rows = tally.stacked().tolist()
-            for one, (loss, count, right) in zip(batch, rows, strict=True):
+            for one, (loss, count, right, predicted, expected) in zip(batch, rows, strict=True):
                 at = places[one.where]
                 losses[at] += loss
                 counts[at] += count
                 correct[at] += right
-    return Measured(tuple(losses), tuple(map(int, counts)), tuple(correct) if counted else None)
+                if tally.pairs is not None:
+                    pairs[at] = predicted, expected
+    return Measured(
+        tuple(losses),
+        tuple(map(int, counts)),
+        tuple(correct) if counted else None,
+        tuple(pairs[at] for at in range(len(places))) if pairs else None,
+    )
 
 
 def _encoded(model: Model, settings: Settings, path: str) -> tuple[Sequence[Any], list[str]]:
@@ -127,8 +183,10 @@ def _encoded(model: Model, settings: Settings, path: str) -> tuple[Sequence[Any]
     loaded: Examples = load_examples(wanted)
     length = settings.max_length
     items: Sequence[Any]
-    if model.labels is None:
+    if model.head is None:
         items = load_data(wanted, model.tokenizer, max_length=length, samples=0, loaded=loaded).train
+    elif model.head.scale is not None:
+        items = load_value_data(model.tokenizer, max_length=length, loaded=loaded, scale=model.head.scale).train
     else:
         items = load_labelled_data(wanted, model.tokenizer, max_length=length, labels=model.labels, loaded=loaded).train
     return items, [one.where for one in items]

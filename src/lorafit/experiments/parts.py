@@ -13,11 +13,12 @@ from lorafit import files
 from lorafit.errors import ConfigError, DataError
 from lorafit.training.config import Settings
 from lorafit.training.embedded_data import embedded_data_path
-from lorafit.training.examples import Example, Labelled
+from lorafit.training.examples import Example
 from lorafit.training.formats import Record
 from lorafit.training.forms import announcement, examples, recognise
 from lorafit.training.sources import Source, read_records
 from lorafit.training.split import groups_of, split_examples, without_leaks
+from lorafit.training.tasks import CLASSES, NUMBERS, decide
 
 DATA = "data"
 PARTS = "parts.json"
@@ -37,8 +38,9 @@ class Parts:
         name: of the data, for people.
         form: how the records are read.
         train_records, validation_records, test_records: how many there are.
-        classifies: whether the records are texts with labels.
+        classifies: whether the records are texts with classes.
         said: one sentence each, to be said to the user.
+        numbers: whether they are texts with numbers to predict.
     """
 
     train: str
@@ -51,6 +53,12 @@ class Parts:
     test_records: int
     classifies: bool
     said: tuple[str, ...]
+    numbers: bool = False
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a model needs a head for the records."""
+        return self.classifies or self.numbers
 
 
 def part(settings: Settings, experiment: Path) -> Parts:
@@ -97,6 +105,9 @@ def part(settings: Settings, experiment: Path) -> Parts:
         f"{counts[0]:,} records to train on, {counts[1]:,} to choose by (validation), "
         f"{counts[2]:,} to report on (test); no question is in two parts; split by seed {settings.seed}"
     )
+    decided = decide(settings.task, [*train.examples, *validation.examples, *test.examples])
+    if decided.said:
+        said.append(decided.said)
     left = len(source.records) + (0 if held is None else len(held.records)) - sum(counts)
     if left:
         said.append(
@@ -111,8 +122,9 @@ def part(settings: Settings, experiment: Path) -> Parts:
         train_records=counts[0],
         validation_records=counts[1],
         test_records=counts[2],
-        classifies=all(isinstance(one, Labelled) for one in train.examples),
+        classifies=decided.task == CLASSES,
         said=tuple(said),
+        numbers=decided.task == NUMBERS,
     )
     files.write_text(folder / PARTS, json.dumps({"fingerprint": fingerprint, **asdict(made)}, indent=2))
     return made

@@ -126,6 +126,14 @@ class _Experiment:
         self.parts = part(self.settings, self.folder)
         for sentence in self.parts.said:
             self.notify(sentence)
+        if self.parts.numbers:
+            raise ConfigError(
+                "a model cannot label by itself what are numbers: how sure it is of one, it does not say",
+                where="task",
+                found="labels that are numbers to predict",
+                expected="classes or answers of a closed set",
+                fix="name classes (such as low and high), or label more records",
+            )
         self.train = self._read(self.parts.train)
         self.held = self._read(self.parts.validation)
         self.test = self._read(self.parts.test)
@@ -343,7 +351,7 @@ class _Experiment:
         del loaded
         gc.collect()
 
-    def _raw(self) -> dict[str, str | int]:
+    def _raw(self) -> dict[str, str | int | float]:
         """A class's name → its label as the data write it: 1, "1" and true are not the same."""
         return {label_name(one): one.label for one in self.train if isinstance(one, Labelled)}
 

@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 
 from lorafit.errors import LorafitError
-from lorafit.experiments.measuring import Model, adapted, bare, measure
+from lorafit.experiments.measuring import Model, adapted, bare, measure, probed, whole
 from lorafit.experiments.trial import Kind, Measured, Notify, Result, Trial, keep
 from lorafit.training.findings import finite
 from lorafit.training.folder import RECORDS
 from lorafit.training.record import peak_rss_bytes
 from lorafit.training.trainer import DivergedError
 
-WEIGHTS = ("adapter/adapter_model.safetensors", "model/model*.safetensors")
+WEIGHTS = ("adapter/adapter_model.safetensors", "model/model*.safetensors", "head/head.safetensors")
 NO_ROOM = re.compile(r"can't allocate memory|not enough memory")
 """What torch says where the main memory is full, in an error that has no class of its own."""
 
@@ -82,10 +82,11 @@ def _trained(trial: Trial, folder: Path, notify: Notify) -> Result:
     quiet = Console(quiet=True)
     validation, failed = None, None
     try:
-        if trial.kind is Kind.FULL:
+        if trial.kind in (Kind.FULL, Kind.PROBE):
             from lorafit.experiments.full import train_full
+            from lorafit.experiments.trained import Everything, Probe
 
-            validation = train_full(settings, notify)
+            validation = train_full(settings, notify, Everything() if trial.kind is Kind.FULL else Probe())
         else:
             from lorafit.training.run import train
 
@@ -113,7 +114,9 @@ def _trained(trial: Trial, folder: Path, notify: Notify) -> Result:
 def _finished(trial: Trial, settings: Any, folder: Path, notify: Notify) -> Model:
     """The model with what was trained, read from the files that the run left."""
     if trial.kind is Kind.FULL:
-        return bare(settings.model_copy(update={"model": str(folder / "model"), "dtype": "float32"}), notify)
+        return whole(settings, folder / "model", notify)
+    if trial.kind is Kind.PROBE:
+        return probed(settings, folder / "head", notify)
     return adapted(settings, folder / "adapter", notify)
 
 

@@ -28,7 +28,7 @@ ENOUGH, FEWEST_STEPS = 60, 20
 PROBE_STEPS = 6
 RESERVE = 0.9
 """The share of the time left that is planned with: machines have other things to do at times."""
-TIMES = {Kind.ADAPTER: 1.3, Kind.FULL: 3.0, Kind.BASE: 0.0}
+TIMES = {Kind.ADAPTER: 1.3, Kind.FULL: 3.0, Kind.BASE: 0.0, Kind.PROBE: 1.0}
 """A step in steps of the trial that was timed: DoRA, AdaLoRA and Delta-LoRA take longer, LoRA-drop has a trial."""
 
 

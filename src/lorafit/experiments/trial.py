@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
@@ -25,11 +26,12 @@ ASKED = "asked"
 
 
 class Kind(enum.Enum):
-    """What a trial trains."""
+    """What a trial trains: an adapter, all weights, nothing, or the head alone."""
 
     ADAPTER = "adapter"
     FULL = "full"
     BASE = "base"
+    PROBE = "probe"
 
 
 @final
@@ -81,14 +83,16 @@ class Measured:
     """Held-out records, one by one, in the order of their file.
 
     Attributes:
-        losses: the summed loss of each, in nats.
+        losses: the summed loss of each, in nats; of a regression its squared error, as a share of the labels' variance.
         counts: the predictions of each: tokens, or 1 for a label.
         correct: how many of them were right; None where that is not counted.
+        pairs: the number that was predicted of each and the right one, of a regression; None of anything else.
     """
 
     losses: tuple[float, ...]
     counts: tuple[int, ...]
     correct: tuple[float, ...] | None
+    pairs: tuple[tuple[float, float], ...] | None = None
 
     @property
     def mean(self) -> float:
@@ -99,6 +103,10 @@ class Measured:
     def accuracy(self) -> float | None:
         """The share of the predictions that are right."""
         return None if self.correct is None else math.fsum(self.correct) / math.fsum(self.counts)
+
+    def agreement(self) -> dict[str, float] | None:
+        """How well the numbers of a regression were predicted, as records of runs have it; None of anything else."""
+        return None if self.pairs is None else _agreement(self.pairs)
 
 
 @final
@@ -150,9 +158,25 @@ class Result:
                     tuple(measured["losses"]),
                     tuple(measured["counts"]),
                     None if measured["correct"] is None else tuple(measured["correct"]),
+                    _pairs(measured.get("pairs")),
                 ),
             }
         )
+
+
+@cache
+def _agreement(pairs: tuple[tuple[float, float], ...]) -> dict[str, float] | None:
+    """Made once: a comparison's file, which is written after each trial, has that of all."""
+    import torch
+
+    from lorafit.training.agreement import agreement
+
+    table = torch.tensor(pairs, dtype=torch.float64)
+    return agreement(table).figures() if bool(table.isfinite().all()) else None
+
+
+def _pairs(found: Any) -> tuple[tuple[float, float], ...] | None:
+    return None if found is None else tuple((float(predicted), float(right)) for predicted, right in found)
 
 
 def keep(trial: Trial, experiment: Path, result: Result) -> None:

@@ -11,6 +11,7 @@ from lorafit.report import comparison_plots as plots
 from lorafit.report import tables, text
 from lorafit.report.columns import Cell, table
 from lorafit.report.document import Document, Section, write_document
+from lorafit.report.records import AGREEMENT
 from lorafit.report.scales import short
 from lorafit.report.text import escape
 
@@ -42,6 +43,7 @@ def document(comparison: Row, source: str) -> Document:
         _words("In words", ranking["sentences"] if ranking is not None else ()),
         _words("What to do next", comparison.get("advice") or ()),
         *(() if ranked is None else _ranked(ranked, candidates, hues)),
+        _agreement(candidates),
         *_course(candidates, hues, () if ranked is None else plots.far(ranked["places"])),
         _spent(comparison),
         _options(candidates),
@@ -188,6 +190,27 @@ def _course(candidates: Sequence[Row], hues: plots.Hues, left: Sequence[str]) ->
         yield Section("Learning rates", plots=[plot], note=note)
     if (plot := plots.curves(candidates, hues, left)) is not None:
         yield Section("Held-out loss in training", plots=[plot])
+
+
+def _agreement(candidates: Sequence[Row]) -> Section:
+    """Of a regression: how well each candidate's numbers agree with the right ones, over its seeds."""
+    rows: list[list[Cell]] = []
+    for each in candidates:
+        known = [one["agreement"] for one in each["seeds"] if one.get("agreement")]
+        if known:
+            rows.append([each["name"], *(_agreed(known, key) for key in AGREEMENT)])
+    note = "Means over the seeds; in brackets those of the ends of each seed's 95 % interval over the test records."
+    head = ("candidate", "mean absolute error", "Pearson", "Spearman")
+    return Section("Predicted and right numbers", table(head, rows) if rows else "", note=note if rows else "")
+
+
+def _agreed(found: Sequence[Row], key: str) -> Cell:
+    known = [each for each in found if f"{key}_low" in each]
+    if not known:
+        return (text.NONE, None)
+    names = (key, f"{key}_low", f"{key}_high")
+    value, low, high = (math.fsum(each[name] for each in known) / len(known) for name in names)
+    return (f"{value:.3f} ({low:.3f} to {high:.3f})", value)
 
 
 def _total(candidate: Row) -> float:

@@ -140,7 +140,7 @@ def differences(ranking: Row) -> Plot | None:
             hovertemplate="%{y}: %{x:+.4f}<br>p %{customdata:.3g}, corrected<extra></extra>",
         )
     best = escape(ranking["places"][0]["name"])
-    _measured(figure, ranking, f"{_unit(ranking)}, less that of {best}")
+    _measured(figure, ranking, f"{_unit(ranking)},<br>less that of {best}")
     figure.update_xaxes(zeroline=True, zerolinecolor=LIGHT.muted, zerolinewidth=1, rangemode="tozero")
     spoken = " ".join(f"{place['name']}: {number(ranking, place['to_best']['value'], '+')}." for place in shown)
     notes = (
@@ -186,7 +186,14 @@ def _word(ranking: Row) -> str:
 
 
 def _unit(ranking: Row) -> str:
-    return "accuracy on the test records" if ranking["metric"] == "accuracy" else "loss on the test records, nats"
+    if ranking["metric"] == "accuracy":
+        return "accuracy on the test records"
+    return f"loss on the test records, {_nats(ranking)}"
+
+
+def _nats(ranking: Row) -> str:
+    """What a loss counts; comparisons of before it was recorded have nats."""
+    return str(ranking.get("unit") or "nats")
 
 
 def number(ranking: Row, value: float, sign: str = "") -> str:

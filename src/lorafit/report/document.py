@@ -84,11 +84,10 @@ def render_document(document: Document) -> str:
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    tiles = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in document.facts)
     body = [
         f'<header class="masthead"><p class="over"><span>lorafit report</span></p><h1>{escape(document.title)}</h1>'
         f"{lead(document.lead)}</header>",
-        f'<dl class="tiles" aria-label="At a glance">{tiles}</dl>' if tiles else "",
+        tiles(document.facts),
         *map(_section, document.sections),
     ]
     plots = [plot for section in document.sections for plot in section.plots]
@@ -129,6 +128,12 @@ def check_place(path: Path | str, source: Path | str, name: str = "page") -> Non
 def lead(words: str) -> str:
     """The first paragraph of a page as HTML, from plain text; empty for none."""
     return f'<p class="lead">{escape(words)}</p>' if words else ""
+
+
+def tiles(facts: Iterable[tuple[str, str]]) -> str:
+    """Labels and values, both plain text, beside each other as HTML; empty for none."""
+    made = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in facts)
+    return f'<dl class="tiles" aria-label="At a glance">{made}</dl>' if made else ""
 
 
 def page(title: str, body: str, plots: Iterable[Plot], source: str) -> str:

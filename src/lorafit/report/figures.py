@@ -66,6 +66,7 @@ def draw(run: Run) -> list[Plot]:
         _curve(run, "learning-rate", "Learning rate", [(s.step, s.learning_rate) for s in steps], ".2e"),
         _curve(run, "gradient", "Gradient norm", [(s.step, s.grad_norm) for s in steps], ".3g"),
         _curve(run, "throughput", "Tokens per second", [(s.step, s.tokens_per_second) for s in steps], ",.0f"),
+        _curve(run, "examples", "Examples per second", [(s.step, s.examples_per_second) for s in steps], ",.0f"),
         _curve(
             run,
             "memory",
@@ -74,7 +75,7 @@ def draw(run: Run) -> list[Plot]:
             ".2f",
         ),
     ]
-    return [plot for plot in (_losses(run), _accuracy(run), *small) if plot is not None]
+    return [plot for plot in (_losses(run), _accuracy(run), _correlation(run), *small) if plot is not None]
 
 
 def _losses(run: Run) -> Plot | None:
@@ -181,6 +182,40 @@ def _accuracy(run: Run) -> Plot | None:
     figure.update_yaxes(tickformat=".0%")
     first, last = text.percent(accuracy.finite[0]), text.percent(accuracy.finite[-1])
     return Plot("accuracy", "Held-out accuracy", f"Held-out accuracy from {first} to {last}.", (), figure)
+
+
+def _correlation(run: Run) -> Plot | None:
+    """Of a regression: Pearson's r of the held-out records, with its 95 % interval."""
+    known = [one for one in run.evaluations if "pearson" in one.agreement]
+    if not known:
+        return None
+    figure = over_steps(run, SMALL)
+    values = [one.agreement["pearson"] for one in known]
+    low, high = (
+        [one.agreement.get(f"pearson_{end}", value) for one, value in zip(known, values, strict=True)]
+        for end in ("low", "high")
+    )
+    figure.add_scatter(
+        x=[one.step for one in known],
+        y=values,
+        name="held-out correlation",
+        mode="lines+markers",
+        cliponaxis=False,
+        line={"color": LIGHT.held, "width": 2},
+        marker={"color": LIGHT.held, "size": 7},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [end - value for end, value in zip(high, values, strict=True)],
+            "arrayminus": [value - end for end, value in zip(low, values, strict=True)],
+            "thickness": 1,
+            "width": 3,
+        },
+        hovertemplate="%{y:.3f}",
+    )
+    spoken = f"Correlation of predicted and right numbers from {values[0]:.3f} to {values[-1]:.3f}."
+    notes = ("Pearson's r; bars are 95 % intervals over the held-out records.",)
+    return Plot("correlation", "Held-out correlation", spoken, notes, figure)
 
 
 def _curve(run: Run, key: str, title: str, points: list[tuple[int, float | None]], tooltip: str) -> Plot | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lorafit.report import document, text
@@ -16,6 +16,12 @@ _STATUS: Final[Mapping[str, str]] = {
     "failed": "failed",
     "no end": "no end recorded",
 }
+AGREED: Final[Mapping[str, str]] = {
+    "mean_absolute_error": "Mean absolute error",
+    "pearson": "Pearson\N{RIGHT SINGLE QUOTATION MARK}s r",
+    "spearman": "Spearman\N{RIGHT SINGLE QUOTATION MARK}s rho",
+}
+"""What is told of predicted numbers; each with its 95 % interval in brackets."""
 _NOWHERE: Final = Measure(step=None, loss=None, perplexity=None, accuracy=None)
 
 
@@ -34,6 +40,27 @@ def title(run: Run) -> str:
 def masthead(run: Run, summary: Summary) -> str:
     """Status, model, method, task and data."""
     kind = [told(run.resolved, "method"), told(run.resolved, "task"), told(run.data, "source")]
+    return header(
+        run,
+        summary,
+        over="lorafit training report",
+        heading=told(run.resolved, "model") or "Model not recorded",
+        kind=[part for part in kind if part],
+        words=lead(run, summary),
+    )
+
+
+def header(run: Run, summary: Summary, *, over: str, heading: str, kind: Sequence[str], words: str) -> str:
+    """The head of a run's page, with its status; all texts are plain.
+
+    Args:
+        run: the run.
+        summary: its headline.
+        over: what the page is.
+        heading: what it is about.
+        kind: what stands below that.
+        words: the first paragraph.
+    """
     status = _STATUS[summary.status]
     if summary.status != "done" and summary.last_step is not None:
         status += f" at step {summary.last_step:,}"
@@ -46,11 +73,11 @@ def masthead(run: Run, summary: Summary) -> str:
     return f"""
 <header class="masthead">
   <p class="over">
-    <span>lorafit training report</span>{moment}<span class="status {tone}">{escape(status)}</span>
+    <span>{escape(over)}</span>{moment}<span class="status {tone}">{escape(status)}</span>
   </p>
-  <h1>{escape(told(run.resolved, "model") or "Model not recorded")}</h1>
-  <p class="kind">{" · ".join(f"<span>{escape(part)}</span>" for part in kind if part)}</p>
-  {document.lead(lead(run, summary))}
+  <h1>{escape(heading)}</h1>
+  <p class="kind">{" · ".join(f"<span>{escape(part)}</span>" for part in kind)}</p>
+  {document.lead(words)}
   {_message(message) if message else ""}
 </header>"""
 
@@ -153,11 +180,19 @@ def headline(run: Run, summary: Summary) -> str:
   {_result(summary)}
   <dl class="stats">
     {_stat("Time", text.duration(summary.seconds), ", ".join(time))}
-    {_stat("Tokens per second", text.rough(summary.tokens_per_second), "median of the logged steps")}
+    {_speed(summary)}
     {_stat("Peak memory", text.size(summary.peak_bytes), "resident, whole process")}
     {_stat("Trained share", text.percent(summary.share), trained)}
   </dl>
 </section>"""
+
+
+def _speed(summary: Summary) -> str:
+    """Tokens per second, or records where those were counted instead."""
+    what, rate = "Tokens", summary.tokens_per_second
+    if rate is None and summary.examples_per_second is not None:
+        what, rate = "Examples", summary.examples_per_second
+    return _stat(f"{what} per second", text.rough(rate), "median of the logged steps")
 
 
 def _stat(label: str, value: str, fine: str) -> str:
@@ -180,6 +215,9 @@ def _result(summary: Summary) -> str:
         beside += _pair("Perplexity", text.rough(before.perplexity), text.rough(after.perplexity))
     if before.accuracy is not None or after.accuracy is not None:
         beside += _pair("Accuracy", text.percent(before.accuracy), text.percent(after.accuracy))
+    for key, label in AGREED.items():
+        if before.knows(key) or after.knows(key):
+            beside += _pair(label, before.told(key), after.told(key))
     is_last = summary.status == "done"
     return f"""
 <div class="result">

@@ -11,7 +11,9 @@ from typing import Any, Final, TypeVar
 
 from lorafit.errors import DataError, some
 from lorafit.report.lines import Line, read_lines
+from lorafit.report.pictures import Sheet
 from lorafit.report.records import (
+    ENDS,
     Anatomy,
     Drop,
     End,
@@ -27,7 +29,7 @@ from lorafit.report.records import (
 )
 from lorafit.report.watched import Forgetting, Shift, Slices
 
-_Stepped = TypeVar("_Stepped", Step, Evaluation, Saved, Schedule, Anatomy)
+_Stepped = TypeVar("_Stepped", Step, Evaluation, Saved, Schedule, Anatomy, Sheet)
 
 _COMMON: Final = frozenset({"event", "time", "elapsed", "nonfinite", "repaired"})
 _FREE: Final = frozenset({"environment", "data", "held_out", "watched"})
@@ -38,9 +40,10 @@ _READ: Final[Mapping[str, frozenset[str]]] = {
         kind.event: frozenset(part.name for part in fields(kind))
         for kind in (
             *(Step, Evaluation, Sample, Saved, Drop, Schedule, Anatomy, Verdict, End),
-            *(Forgetting, Slices, Shift),
+            *(Forgetting, Slices, Shift, Sheet),
         )
     },
+    Evaluation.event: frozenset({*(part.name for part in fields(Evaluation)), *ENDS}),
 }
 """The keys that are read of each event; all keys of the events in `_FREE` are."""
 
@@ -82,6 +85,7 @@ def read_records(path: Path | str) -> Run:
     schedules, _ = _standing([part.schedules for part in parts], parts, key=lambda one: one.step)
     anatomies, _ = _standing([part.anatomies for part in parts], parts, key=lambda one: one.step)
     saved, _ = _standing([part.saved for part in parts], parts, key=lambda one: (one.step, one.path))
+    sheets, _ = _standing([part.sheets for part in parts], parts, key=lambda one: one.step)
     return Run(
         path=path,
         processes=tuple(part.process for part in parts),
@@ -101,6 +105,7 @@ def read_records(path: Path | str) -> Run:
         forgetting=parts[-1].forgetting,
         slices=parts[-1].slices,
         shift=parts[-1].shift,
+        sheets=sheets,
     )
 
 
@@ -124,6 +129,7 @@ class _Part:
     forgetting: Forgetting | None
     slices: Slices | None
     shift: Shift | None
+    sheets: tuple[Sheet, ...]
 
     @property
     def trained(self) -> bool:
@@ -174,6 +180,7 @@ def _part(lines: Sequence[Line]) -> _Part:
         forgetting=next((Forgetting.read(line) for line in reversed(by[Forgetting.event])), None),
         slices=next((Slices.read(line) for line in reversed(by[Slices.event])), None),
         shift=next((Shift.read(line) for line in reversed(by[Shift.event])), None),
+        sheets=tuple(Sheet.read(line) for line in by[Sheet.event]),
     )
 
 

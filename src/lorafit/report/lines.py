@@ -97,6 +97,13 @@ class Line:
             raise self._wrong(key, "a list of texts or null")
         return tuple(values)
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """The whole numbers, zero or more, in the list under `key`; empty when it is null or missing."""
+        values = self._value(key, list, "a list of whole numbers") or []
+        if not all(type(value) is int and value >= 0 for value in values):
+            raise self._wrong(key, "a list of whole numbers, zero or more, or null")
+        return tuple(values)
+
     def measured(self, key: str) -> Mapping[str, float | None]:
         """The object of numbers, or nulls for those that were not finite, under `key`; empty when null or missing."""
         values = self.mapping(key)

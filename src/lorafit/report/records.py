@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from lorafit.report.lines import Line
+from lorafit.report.pictures import Sheet
 from lorafit.report.watched import Forgetting, Shift, Slices
+
+AGREEMENT: Final = ("mean_absolute_error", "pearson", "spearman")
+"""What is told of a regression beside its loss."""
+ENDS: Final = tuple(f"{name}{end}" for name in AGREEMENT for end in ("", "_low", "_high"))
+"""These, and the ends of their 95 % intervals."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,9 @@ class Step:
     """One logged optimizer step. What was not recorded is None.
 
     Attributes:
+        examples: of a loop of one's own, the records of these steps, and how many a second.
+        instance_loss: of a DreamBooth run, the loss on the subject's pictures.
+        prior_loss: of a DreamBooth run, the loss on pictures of the class.
         diverged: the loss was recorded, but was not a finite number.
     """
 
@@ -32,6 +41,10 @@ class Step:
     tokens_per_second: float | None
     peak_rss_bytes: float | None
     seconds: float | None
+    examples: float | None
+    examples_per_second: float | None
+    instance_loss: float | None
+    prior_loss: float | None
     diverged: bool
 
     @classmethod
@@ -49,13 +62,22 @@ class Step:
             tokens_per_second=line.number("tokens_per_second"),
             peak_rss_bytes=line.number("peak_rss_bytes"),
             seconds=line.number("seconds"),
+            examples=line.number("examples"),
+            examples_per_second=line.number("examples_per_second"),
+            instance_loss=line.number("instance_loss"),
+            prior_loss=line.number("prior_loss"),
             diverged=loss is None and "loss" in line.fields,
         )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measurement on the held-out records. What was not recorded is None."""
+    """One measurement on the held-out records. What was not recorded is None.
+
+    Attributes:
+        prior_loss: of a DreamBooth run, the loss on pictures of the class.
+        agreement: of a regression, those of `AGREEMENT` that are known, and the ends of their intervals.
+    """
 
     event: ClassVar[str] = "evaluation"
 
@@ -65,6 +87,8 @@ class Evaluation:
     accuracy: float | None
     supervised_tokens: float | None
     seconds: float | None
+    prior_loss: float | None
+    agreement: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, line: Line) -> Evaluation:
@@ -76,6 +100,8 @@ class Evaluation:
             accuracy=line.number("accuracy"),
             supervised_tokens=line.number("supervised_tokens"),
             seconds=line.number("seconds"),
+            prior_loss=line.number("prior_loss"),
+            agreement={key: value for key in ENDS if (value := line.number(key)) is not None},
         )
 
 
@@ -268,6 +294,8 @@ class End:
     peak_rss_bytes: float | None
     eval_loss_before: float | None
     eval_loss_after: float | None
+    prior_loss_before: float | None
+    prior_loss_after: float | None
     adapter: str | None
     message: str | None
 
@@ -282,6 +310,8 @@ class End:
             peak_rss_bytes=line.number("peak_rss_bytes"),
             eval_loss_before=line.number("eval_loss_before"),
             eval_loss_after=line.number("eval_loss_after"),
+            prior_loss_before=line.number("prior_loss_before"),
+            prior_loss_after=line.number("prior_loss_after"),
             adapter=line.text("adapter"),
             message=line.text("message"),
         )
@@ -335,6 +365,7 @@ class Run:
         forgetting: what became of a general text.
         slices: what became of each slice of the held-out records.
         shift: what became of another domain.
+        sheets: of a DreamBooth run, the sheets of samples in order, each step once.
     """
 
     path: Path
@@ -355,6 +386,7 @@ class Run:
     forgetting: Forgetting | None = None
     slices: Slices | None = None
     shift: Shift | None = None
+    sheets: tuple[Sheet, ...] = ()
 
     @property
     def end(self) -> End | None:

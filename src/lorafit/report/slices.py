@@ -74,9 +74,11 @@ def _slices(run: Run, drawn: str) -> str:
         return ""
     rows = [[*_row(part.name, part.loss, text.loss), _became(part)] for part in found.parts]
     table = drawn + columns.table((found.column, *_HEAD, "verdict"), rows)
+    numbers = any(one.agreement for one in run.evaluations)
+    unit = "as a share of the labels' variance" if numbers else "in nats per prediction"
     note = (
-        f"Held-out loss in nats per prediction, the slice that rose most first. {_MARGINS} A slice is called better or "
-        "worse if that is more than luck among so many slices would bring about, and if it has eight records at least."
+        f"Held-out loss {unit}, the slice that rose most first. {_MARGINS} A slice is called better or worse if that "
+        "is more than luck among so many slices would bring about, and if it has eight records at least."
     )
     return _section("Slices of the held-out records", found.sentence, found.hints, table, note)
 

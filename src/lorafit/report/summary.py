@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 from lorafit.report.records import Evaluation, Run
+
+ROUNDED = 1e-6
+"""The loss of the adapter that was kept is the mean of records' losses that are rounded to seven digits."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,28 @@ class Measure:
     loss: float | None
     perplexity: float | None
     accuracy: float | None
+    agreement: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is of a classifier or a regression, rather than of a language model."""
+        return self.accuracy is not None or bool(self.agreement)
+
+    def knows(self, key: str) -> bool:
+        """Whether this was measured of predicted numbers."""
+        return key in self.agreement
+
+    def told(self, key: str) -> str:
+        """A measure of predicted numbers with its interval, for people; that it is not defined where it is not there.
+
+        >>> Measure(1, 0.5, None, None, {"pearson": 0.5, "pearson_low": 0.4, "pearson_high": 0.6}).told("pearson")
+        '0.500 (0.400 to 0.600)'
+        """
+        if key not in self.agreement:
+            return "not defined"
+        low, high = self.agreement.get(f"{key}_low"), self.agreement.get(f"{key}_high")
+        ends = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+        return f"{self.agreement[key]:.3f}{ends}"
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,7 @@ class Summary:
         seconds: how long all processes took together.
         train_seconds: how much of that was training.
         tokens_per_second: the median over the logged steps.
+        examples_per_second: the same, where records were counted and not tokens.
         peak_bytes: the largest peak of resident memory.
         trainable: trained numbers.
         total: all numbers of the model.
@@ -47,6 +73,7 @@ class Summary:
     seconds: float | None
     train_seconds: float | None
     tokens_per_second: float | None
+    examples_per_second: float | None
     peak_bytes: float | None
     trainable: float | None
     total: float | None
@@ -62,6 +89,7 @@ def summarize(run: Run) -> Summary:
     trainable, total = _number(run.resolved.get("trainable")), _number(run.resolved.get("total"))
     share = _number(run.resolved.get("share"))
     rates = [step.tokens_per_second for step in run.steps if step.tokens_per_second is not None]
+    counted = [step.examples_per_second for step in run.steps if step.examples_per_second is not None]
     reached = [step.step for step in run.steps] + [end.steps for end in ends[-1:] if end.steps is not None]
     trained = [end.train_seconds for end in ends if end.train_seconds is not None]
     return Summary(
@@ -73,6 +101,7 @@ def summarize(run: Run) -> Summary:
         # A process without an end did not say how long it trained, so the sum would be wrong without it.
         train_seconds=_sum(trained) if len(trained) == len(run.processes) else None,
         tokens_per_second=median(rates) if rates else None,
+        examples_per_second=median(counted) if counted else None,
         peak_bytes=_largest([*(step.peak_rss_bytes for step in run.steps), *(end.peak_rss_bytes for end in ends)]),
         trainable=trainable,
         total=total,
@@ -97,10 +126,14 @@ def _after(run: Run) -> Measure | None:
 
 def _measure(told: float | None, measured: Sequence[Evaluation]) -> Measure | None:
     """The last of `measured` with the loss that the end of the run `told`; where none was told, the last."""
-    fitting = [one for one in measured if told is None or (one.loss is not None and math.isclose(one.loss, told))]
+    fitting = [
+        one
+        for one in measured
+        if told is None or (one.loss is not None and math.isclose(one.loss, told, rel_tol=ROUNDED))
+    ]
     if fitting:
         one = fitting[-1]
-        return Measure(one.step, one.loss, one.perplexity, one.accuracy)
+        return Measure(one.step, one.loss, one.perplexity, one.accuracy, one.agreement)
     return None if told is None else Measure(None, told, None, None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from lorafit.report import columns, text
-from lorafit.report.records import Process, Run
+from lorafit.report.records import AGREEMENT, Process, Run
 from lorafit.report.text import escape
 
 _Reader = Callable[[Any], str]
@@ -91,13 +91,16 @@ def evaluations(run: Run) -> str:
     if not run.evaluations:
         return ""
     is_classified = any(one.accuracy is not None for one in run.evaluations)
-    head = ["step", "loss", "perplexity", *(["accuracy"] if is_classified else [])]
+    is_regression = any(one.agreement for one in run.evaluations)
+    head = ["step", "loss", *([] if is_regression else ["perplexity"]), *(["accuracy"] if is_classified else [])]
+    head += ["mean absolute error", "Pearson", "Spearman"] if is_regression else []
     rows = [
         [
             f"{one.step:,}",
             text.loss(one.loss),
-            text.rough(one.perplexity),
+            *([] if is_regression else [text.rough(one.perplexity)]),
             *([text.percent(one.accuracy)] if is_classified else []),
+            *([text.loss(one.agreement.get(name)) for name in AGREEMENT] if is_regression else []),
         ]
         for one in run.evaluations
     ]

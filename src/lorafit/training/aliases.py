@@ -80,6 +80,7 @@ VALUES: Mapping[tuple[str, object], object] = MappingProxyType(
         ("load_in_4bit", False): "none",
         ("load_in_4bit", True): "nf4",
         ("quantize", "bnb.nf4"): "nf4",
+        ("task", "classification"): "sequence-classification",
     }
 )
 """A neighbour's spelling and value → the value here."""

@@ -5,9 +5,9 @@ The order of an epoch is a function of (seed, epoch) alone, so a resumed run mee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from lorafit.errors import ConfigError
 from lorafit.training.classify import EncodedLabel
+from lorafit.training.numbers import EncodedValue
 from lorafit.training.sequences import IGNORED, Encoded
 
 TOKENS = "tokens"
@@ -24,6 +25,15 @@ TOKENS = "tokens"
 RECORDS = "records"
 """Key of a batch under which it says, (rows, width) int64, to which of its records each place belongs, where rows are
 not records; no model's."""
+
+
+VALUES = "values"
+"""Key of a batch of a regression under which its numbers are, (records,) float32; `labels` says which count."""
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch of labelled texts is the model's, and not the loss's."""
+    return {key: value for key, value in batch.items() if key not in ("labels", VALUES)}
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, multiple: int | None) -> Tensor:
@@ -95,15 +105,40 @@ class LabelCollator:
 
     def __call__(self, batch: Sequence[EncodedLabel]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, perhaps `token_type_ids`, (batch, longest) int64; `labels` (batch,)."""
-        multiple = self.pad_to_multiple_of
-        padded = {
-            "input_ids": _padded([one.input_ids for one in batch], self.pad_token_id, multiple),
-            "attention_mask": _padded([[1] * len(one) for one in batch], 0, multiple),
-        }
-        types = [one.token_type_ids for one in batch if one.token_type_ids is not None]
-        if types:
-            padded["token_type_ids"] = _padded(types, 0, multiple)
+        padded = _texts(batch, self.pad_token_id, self.pad_to_multiple_of)
         return {**padded, "labels": torch.tensor([one.label for one in batch], dtype=torch.int64)}
+
+
+@final
+class ValueCollator:
+    """Pads sequences for regression, on the right; arguments and errors are those of `LabelCollator`."""
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        _check_padding(pad_token_id, pad_to_multiple_of)
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, batch: Sequence[EncodedValue]) -> dict[str, Tensor]:
+        """As `LabelCollator`; `values` (batch,) float32, and `labels` (batch,), -100 where none is learnt, else 0."""
+        padded = _texts(batch, self.pad_token_id, self.pad_to_multiple_of)
+        counted = torch.tensor([0 if one.known else IGNORED for one in batch], dtype=torch.int64)
+        return {**padded, "labels": counted, VALUES: torch.tensor([one.value for one in batch], dtype=torch.float32)}
+
+
+AnyCollator: TypeAlias = Collator | LabelCollator | ValueCollator
+"""What makes batches of a row for each record."""
+
+
+def _texts(batch: Sequence[EncodedLabel | EncodedValue], pad: int, multiple: int | None) -> dict[str, Tensor]:
+    """Token ids, mask and, where the model wants them, token type ids."""
+    padded = {
+        "input_ids": _padded([one.input_ids for one in batch], pad, multiple),
+        "attention_mask": _padded([[1] * len(one) for one in batch], 0, multiple),
+    }
+    types = [one.token_type_ids for one in batch if one.token_type_ids is not None]
+    if types:
+        padded["token_type_ids"] = _padded(types, 0, multiple)
+    return padded
 
 
 @final
@@ -212,13 +247,15 @@ class Records(Dataset[Any]):
         return self._records[index] if index >= 0 else _idle(self._records[-1 - index])
 
 
-def _idle(record: Encoded | EncodedLabel) -> Encoded | EncodedLabel:
+def _idle(record: Encoded | EncodedLabel | EncodedValue) -> Encoded | EncodedLabel | EncodedValue:
     """A record of which nothing is learnt, as short as one can be."""
     ids = record.input_ids[:2]
+    if isinstance(record, Encoded):
+        return replace(record, input_ids=ids, labels=[IGNORED] * len(ids))
+    types = None if record.token_type_ids is None else record.token_type_ids[:2]
     if isinstance(record, EncodedLabel):
-        types = None if record.token_type_ids is None else record.token_type_ids[:2]
         return replace(record, input_ids=ids, token_type_ids=types, label=IGNORED)
-    return replace(record, input_ids=ids, labels=[IGNORED] * len(ids))
+    return replace(record, input_ids=ids, token_type_ids=types, known=False)
 
 
 @final

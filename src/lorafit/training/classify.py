@@ -49,8 +49,24 @@ class LabelEncodings:
 
 
 @final
-class LabelEncoder:
-    """Encodes labelled texts.
+@dataclass(frozen=True)
+class Row:
+    """A text, or a pair of texts, as tokens.
+
+    Attributes:
+        ids: (tokens,), cut to the length.
+        types: (tokens,), 0 for the first text and 1 for the second, where the model wants it.
+        length: tokens before the cut.
+    """
+
+    ids: list[int]
+    types: list[int] | None
+    length: int
+
+
+@final
+class TextEncoder:
+    """Encodes the texts of labelled examples, whatever their labels are.
 
     A text that exceeds the length is cut on the right; of a pair, the longer one is. A pair is joined as the
     tokenizer joins pairs; if it has no separator token (decoders have none), by a newline.
@@ -58,37 +74,23 @@ class LabelEncoder:
     Args:
         tokenizer: a tokenizer of `transformers`.
         max_length: tokens of the longest sequence, special tokens included.
-        labels: the names of the classes; the place of a name is its index.
 
     Raises:
         ConfigError: `max_length` is too small.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         check_max_length(max_length)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.labels = tuple(labels)
-        self._index = {name: index for index, name in enumerate(self.labels)}
         self._separates = tokenizer.sep_token is not None
 
-    def encode(self, example: Labelled) -> EncodedLabel:
-        """The sequence of one labelled text.
+    def encode(self, examples: Sequence[Labelled]) -> list[Row]:
+        """The sequences of all examples, of which there is at least one.
 
         Raises:
-            DataError: its label is not one of the classes.
+            DataError: some examples are pairs and some are not.
         """
-        return self.encode_all([example]).items[0]
-
-    def encode_all(self, examples: Sequence[Labelled]) -> LabelEncodings:
-        """The sequences of all examples.
-
-        Raises:
-            DataError: a label is not one of the classes, or some examples are pairs and some are not.
-        """
-        if not examples:
-            return LabelEncodings([], (), 0)
-        labels = [self._label(example) for example in examples]
         texts, pairs = self._texts(examples)
         whole = self._call(texts, pairs, cut=False)
         lengths = [len(ids) for ids in whole["input_ids"]]
@@ -103,13 +105,7 @@ class LabelEncoder:
                 for place, row in zip(over, rows, strict=True):
                     whole[key][place] = row
         types = whole.get("token_type_ids", [None] * len(examples))
-        items = [
-            EncodedLabel(ids, kind, label, example.where, length > self.max_length)
-            for ids, kind, label, example, length in zip(
-                whole["input_ids"], types, labels, examples, lengths, strict=True
-            )
-        ]
-        return LabelEncodings(items, tuple(examples[place].where for place in over), max(lengths))
+        return [Row(*each) for each in zip(whole["input_ids"], types, lengths, strict=True)]
 
     def _texts(self, examples: Sequence[Labelled]) -> tuple[list[str], list[str] | None]:
         texts = [example.text for example in examples]
@@ -133,6 +129,51 @@ class LabelEncoder:
         settings = {"truncation": True, "max_length": self.max_length} if cut else {"truncation": False}
         made = self.tokenizer(texts, pairs, return_attention_mask=False, verbose=False, **settings)
         return dict(made)
+
+
+@final
+class LabelEncoder:
+    """Encodes labelled texts.
+
+    Args:
+        tokenizer: a tokenizer of `transformers`.
+        max_length: tokens of the longest sequence, special tokens included.
+        labels: the names of the classes; the place of a name is its index.
+
+    Raises:
+        ConfigError: `max_length` is too small.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]) -> None:
+        self.max_length = max_length
+        self.labels = tuple(labels)
+        self._encoder = TextEncoder(tokenizer, max_length)
+        self._index = {name: index for index, name in enumerate(self.labels)}
+
+    def encode(self, example: Labelled) -> EncodedLabel:
+        """The sequence of one labelled text.
+
+        Raises:
+            DataError: its label is not one of the classes.
+        """
+        return self.encode_all([example]).items[0]
+
+    def encode_all(self, examples: Sequence[Labelled]) -> LabelEncodings:
+        """The sequences of all examples.
+
+        Raises:
+            DataError: a label is not one of the classes, or some examples are pairs and some are not.
+        """
+        if not examples:
+            return LabelEncodings([], (), 0)
+        labels = [self._label(example) for example in examples]
+        rows = self._encoder.encode(examples)
+        items = [
+            EncodedLabel(row.ids, row.types, label, example.where, row.length > self.max_length)
+            for row, label, example in zip(rows, labels, examples, strict=True)
+        ]
+        cut = tuple(one.where for one in items if one.truncated)
+        return LabelEncodings(items, cut, max(row.length for row in rows))
 
     def _label(self, example: Labelled) -> int:
         name = label_name(example)

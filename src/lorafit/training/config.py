@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from lorafit.errors import ConfigError, nearest
 from lorafit.training.aliases import ALIASES, NEIGHBOURS, VALUES
 
-Task = Literal["auto", "causal-lm", "sequence-classification"]
+Task = Literal["auto", "causal-lm", "sequence-classification", "regression"]
+Pooled = Literal["auto", "own", "mean", "cls"]
 Layer = tuple[str, Mapping[str, Any]]
 """Where settings come from, for errors ("run.yaml", "--set"), and the settings."""
 
@@ -90,7 +91,10 @@ class Settings(BaseModel):
         slice: a column by which held-out records are told apart; None is one with a name such as domain or source.
         target: data of another domain, on which the run is measured before and after.
         general: a general text, on which what is forgotten is measured: a file, "embedded" or "none".
-        task: "causal-lm", "sequence-classification", or "auto": what the records are.
+        task: "causal-lm", "sequence-classification" (or "classification"), "regression", or "auto": what the records
+            are.
+        pooling: what the head of a classifier or a regression reads: the "mean" of an encoder's hidden states, that of
+            its first token ("cls"), what the model's own class takes ("own"), or "auto": as the model was trained.
         max_length: tokens of the longest sequence; longer ones are cut, and counted.
         packing: whether records of a batch share rows, with the same loss at each token; "auto" where that saves work
             and the model is found to keep them apart.
@@ -130,6 +134,7 @@ class Settings(BaseModel):
     target: str | None = None
     general: str = "embedded"
     task: Task = "auto"
+    pooling: Pooled = "auto"
     max_length: int = Field(default=1024, ge=2)
     packing: bool | Literal["auto"] = "auto"
     method: str = "lora"

@@ -140,9 +140,15 @@ class LabelledData:
     slicing: Slicing | None = None
 
 
+@final
 @dataclass
-class _Report:
-    """Gathers what is said of the data."""
+class Report:
+    """Gathers what is said of the data.
+
+    Attributes:
+        sentences: one each, to be said to the user.
+        info: the fields of the `data` record.
+    """
 
     sentences: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -167,7 +173,7 @@ def load_examples(settings: DataSettings, sift: Sift | None = None) -> Examples:
         DataError: the data cannot be read, recognised or split.
         ConfigError: a setting has a value it cannot have.
     """
-    report = _Report()
+    report = Report()
     source = read_records(settings.data, split=settings.data_split, hub=settings.hub)
     form = recognise(source, settings.columns)
     sliced = slicing(source.records, form.columns.values(), settings.slice) if settings.eval_split is not None else None
@@ -204,7 +210,7 @@ def load_examples(settings: DataSettings, sift: Sift | None = None) -> Examples:
 
 
 def _held_out(
-    settings: DataSettings, report: _Report, sift: Sift | None
+    settings: DataSettings, report: Report, sift: Sift | None
 ) -> tuple[Source, list[Example], Slicing | None]:
     name = settings.eval_data or ""
     split = settings.eval_data_split
@@ -242,7 +248,7 @@ def load_data(
         ConfigError: a setting has a value it cannot have.
     """
     loaded = load_examples(settings) if loaded is None else loaded
-    report = _Report(list(loaded.announcements), dict(loaded.info))
+    report = Report(list(loaded.announcements), dict(loaded.info))
     encoder = Encoder(tokenizer, max_length, layout=layout)
     train, held = encoder.encode_all(loaded.train), encoder.encode_all(loaded.eval)
     _check_learnt(train, loaded.train, max_length)
@@ -322,8 +328,8 @@ def load_labelled_data(
         ConfigError: a setting has a value it cannot have.
     """
     loaded = load_examples(settings) if loaded is None else loaded
-    report = _Report(list(loaded.announcements), dict(loaded.info))
-    learnt, held_out = _labelled(loaded.train, loaded.form), _labelled(loaded.eval, loaded.form)
+    report = Report(list(loaded.announcements), dict(loaded.info))
+    learnt, held_out = labelled_ones(loaded.train, loaded.form), labelled_ones(loaded.eval, loaded.form)
     label_names(learnt)  # classes enough to train on, before those of the evaluation data are added
     names = label_names([*learnt, *held_out]) if labels is None else tuple(labels)
     encoder = LabelEncoder(tokenizer, max_length, names)
@@ -350,12 +356,17 @@ def load_labelled_data(
     return LabelledData(train.items, held.items, names, tuple(report.sentences), report.info, loaded.slicing)
 
 
-def _labelled(read: Sequence[Example], form: Form) -> list[Labelled]:
+def labelled_ones(read: Sequence[Example], form: Form) -> list[Labelled]:
+    """The records, all of which are texts with labels.
+
+    Raises:
+        DataError: one of them is something else.
+    """
     labelled = [example for example in read if isinstance(example, Labelled)]
     if len(labelled) < len(read):
         wrong = next(example for example in read if not isinstance(example, Labelled))
         raise DataError(
-            "The records have no classes.",
+            "The records have no labels.",
             where=wrong.where,
             found=f"{form.name} form ({form.describe()})",
             expected="a text or a pair of texts, and a label",

@@ -20,7 +20,7 @@ from typing import Any, final
 
 from lorafit.errors import LorafitError
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, Examples, LabelledData, load_examples
+from lorafit.training.data import Examples, load_examples
 from lorafit.training.datacheck_findings import Findings
 from lorafit.training.datacheck_records import Sieve
 from lorafit.training.datacheck_settings import Given, check_adapter, check_positions, check_together, room_of
@@ -30,6 +30,7 @@ from lorafit.training.leakage import can_compare_nearly, near
 from lorafit.training.models import load_tokenizer, locate
 from lorafit.training.prepare import data_settings, training_arguments
 from lorafit.training.trainer import records_in_all
+from lorafit.training.valued import AnyData
 from lorafit.training.watching import EMBEDDED, NONE, gather
 
 NO_NEAR = "near repetitions and near leaks are not looked for: pip install 'lorafit[check]'"
@@ -71,7 +72,7 @@ class Inspected:
     """
 
     read: Examples
-    made: Data | LabelledData
+    made: AnyData
     tokenizer: Any
     near: str
     compared: int | None
@@ -96,7 +97,7 @@ def inspect(settings: Settings, given: Given, findings: Findings, notify: Callab
     with clock.over("reading"):
         read = load_examples(data_settings(settings), Sieve(findings))
     with clock.over("repetitions"):
-        check_texts(read, findings, apart=settings.eval_data is not None)
+        check_texts(read, findings, apart=settings.eval_data is not None, task=settings.task)
     with clock.over("tokenizer"):
         located = locate(settings.model, notify)
         tokenizer = load_tokenizer(located)
@@ -118,9 +119,7 @@ def inspect(settings: Settings, given: Given, findings: Findings, notify: Callab
     return Inspected(read, made, tokenizer, said, compared, clock, told)
 
 
-def _watched(
-    settings: Settings, tokenizer: Any, read: Examples, made: Data | LabelledData, findings: Findings
-) -> tuple[str, ...]:
+def _watched(settings: Settings, tokenizer: Any, read: Examples, made: AnyData, findings: Findings) -> tuple[str, ...]:
     """What is said of the files that a run measures beside its data; what is wrong with them is noted."""
     if settings.target is None and settings.general in (EMBEDDED, NONE):
         return ()

@@ -11,10 +11,10 @@ import torch
 
 from lorafit.errors import LorafitError
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, LabelledData
 from lorafit.training.datacheck_findings import Findings, Level
 from lorafit.training.models import Located, choose_dtype, loaded
 from lorafit.training.planning_model import NotTraceableError, fitted
+from lorafit.training.valued import AnyData
 
 _EVALUATING = ("early_stopping", "eval_limit", "eval_steps", "eval_strategy", "keep_best", "load_best_model_at_end")
 """Settings that do nothing without an evaluation."""
@@ -117,9 +117,7 @@ def room_of(located: Located) -> Room:
     return Room(config.get("max_position_embeddings"), config.get("vocab_size"))
 
 
-def check_positions(
-    settings: Settings, given: Given, room: Room, made: Data | LabelledData, findings: Findings
-) -> None:
+def check_positions(settings: Settings, given: Given, room: Room, made: AnyData, findings: Findings) -> None:
     """Notes records and lengths that the model has no places or no vectors for."""
     places, vocabulary = room.positions, room.vocabulary
     longest = made.info["longest"]
@@ -157,7 +155,7 @@ def check_positions(
 
 
 def check_adapter(
-    settings: Settings, given: Given, located: Located, made: Data | LabelledData, pad: int, findings: Findings
+    settings: Settings, given: Given, located: Located, made: AnyData, pad: int, findings: Findings
 ) -> None:
     """Notes targets, ranks and other settings of the method that do not fit the model. Nothing of its size is made."""
     dtype = choose_dtype(settings.dtype, torch.device("cpu"))

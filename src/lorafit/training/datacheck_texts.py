@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 
+from lorafit.training.config import Task
 from lorafit.training.data import Examples
 from lorafit.training.datacheck_findings import Findings, Level
 from lorafit.training.examples import Conversation, Example, Labelled
 from lorafit.training.forms import label_name
 from lorafit.training.leakage import Leaks, Near, Repeats, compare
 from lorafit.training.roles import Form
+from lorafit.training.tasks import AUTO, NUMBERS, decide, numbers
 
 _ECHO = 12  # characters from which on a prompt inside of its answer is no coincidence
 _UNBALANCED = 10  # records of the largest class for each of the smallest
 _FEW = 5  # records of a class from which little can be learnt
+_FAR = 6  # spreads from the mean at which a number is no matter of chance
 
 
 def columns_of(form: Form, *roles: str) -> str:
@@ -23,19 +27,26 @@ def columns_of(form: Form, *roles: str) -> str:
     return " + ".join(named) or form.columns.get("messages", "")
 
 
-def check_texts(loaded: Examples, findings: Findings, *, apart: bool) -> None:
+def check_texts(loaded: Examples, findings: Findings, *, apart: bool, task: Task = AUTO) -> None:
     """Notes all that can be told without a tokenizer.
 
     Args:
         loaded: what was read.
         findings: where to note.
         apart: whether the held-out records are data of their own, not a part that was split off.
+        task: what is learnt from them, as the settings say it.
+
+    Raises:
+        DataError: labels are to be classes, or numbers, and are not.
     """
     repeated, leaked = compare(loaded.train, loaded.eval, loaded.removed)
     _repeats(loaded, repeated, findings)
     _leaks(loaded, leaked, findings)
     _turns([*loaded.train, *loaded.eval], loaded.form, findings)
-    if isinstance(loaded.train[0], Labelled):
+    decided = decide(task, [*loaded.train, *loaded.eval]).task
+    if isinstance(loaded.train[0], Labelled) and decided == NUMBERS:
+        _numbers(loaded, findings)
+    elif isinstance(loaded.train[0], Labelled):
         _labels(loaded, findings, apart=apart)
 
 
@@ -202,6 +213,38 @@ def _labels(loaded: Examples, findings: Findings, *, apart: bool) -> None:
                 field=field,
                 fix="add records of it; judge by the F1 of `lorafit eval`, not by accuracy",
                 count=learnt[name],
+            )
+
+
+def _numbers(loaded: Examples, findings: Findings) -> None:
+    """Numbers far from all others, and held-out ones beyond those that are learnt."""
+    field = columns_of(loaded.form, "label")
+    learnt = [one for one in loaded.train if isinstance(one, Labelled)]
+    values = numbers(learnt)
+    middle, spread = fmean(values), pstdev(values)
+    for one, value in zip(learnt, values, strict=True):
+        if abs(value - middle) > _FAR * spread:
+            findings.add(
+                Level.WARNING,
+                "label-outlier",
+                f"The label lies more than {_FAR} spreads from the mean of all: it weighs as much as many others.",
+                one.where,
+                field=field,
+                found=f"{value:g}; mean {middle:.3g}, spread {spread:.3g}",
+                fix="mend it if it is a slip or stands for `no label`, or predict its logarithm",
+            )
+    low, high = min(values), max(values)
+    held = [one for one in loaded.eval if isinstance(one, Labelled)]
+    for one, value in zip(held, numbers(held), strict=True):
+        if not low <= value <= high:
+            findings.add(
+                Level.NOTE,
+                "label-beyond",
+                "The held-out label lies beyond all that are learnt: little can be said of such.",
+                one.where,
+                field=field,
+                found=f"{value:g}; training has {low:g} to {high:g}",
+                fix="have such labels among the training records",
             )
 
 

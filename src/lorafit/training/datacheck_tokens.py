@@ -11,13 +11,14 @@ from typing import Any
 
 from lorafit.errors import DataError
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, Examples, LabelledData
+from lorafit.training.data import Examples
 from lorafit.training.datacheck_findings import Findings, Level
 from lorafit.training.datacheck_texts import columns_of
 from lorafit.training.encode import Encoder, NoticedWarning
 from lorafit.training.examples import Conversation, Document, Example, Labelled
 from lorafit.training.layouts import Layout, layout_of
 from lorafit.training.prepare import encode
+from lorafit.training.valued import AnyData
 
 _TRIED = 200  # conversations whose rendering is compared with their turns
 _MEASURED = 1_000  # cut records whose loss is measured
@@ -34,7 +35,7 @@ _NOTICED = {
 
 def encode_and_note(
     settings: Settings, tokenizer: Any, loaded: Examples, findings: Findings
-) -> tuple[Examples, Data | LabelledData]:
+) -> tuple[Examples, AnyData]:
     """What training would see, and the records that it is made of: those that the template refuses are noted.
 
     Raises:
@@ -98,7 +99,7 @@ def check_tokens(
     settings: Settings,
     tokenizer: Any,
     loaded: Examples,
-    made: Data | LabelledData,
+    made: AnyData,
     findings: Findings,
     positions: int | None,
 ) -> None:
@@ -127,7 +128,7 @@ def _lost(
     settings: Settings,
     tokenizer: Any,
     loaded: Examples,
-    made: Data | LabelledData,
+    made: AnyData,
     findings: Findings,
     positions: int | None,
 ) -> None:
@@ -179,7 +180,7 @@ def _loss(tokenizer: Any, examples: Sequence[Example], settings: Settings) -> st
     return f"{learnt - left:,} of {learnt:,} learnt tokens are lost{part}"
 
 
-def _outliers(made: Data | LabelledData, loaded: Examples, findings: Findings) -> None:
+def _outliers(made: AnyData, loaded: Examples, findings: Findings) -> None:
     lengths = [len(one) for one in made.train]
     bound = max(_LONG, _OUTLIER * statistics.median(lengths))
     longest = max(lengths)
@@ -195,7 +196,7 @@ def _outliers(made: Data | LabelledData, loaded: Examples, findings: Findings) -
     )
 
 
-def _unknown(tokenizer: Any, made: Data | LabelledData, loaded: Examples, findings: Findings) -> None:
+def _unknown(tokenizer: Any, made: AnyData, loaded: Examples, findings: Findings) -> None:
     """Tokens that the vocabulary does not have. Some tokenizers call the end of a text unknown: that says nothing."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):

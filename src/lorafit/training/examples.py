@@ -61,11 +61,11 @@ class Document(Example):
 @final
 @dataclass(frozen=True)
 class Labelled(Example):
-    """A text, or a pair of texts, and its class: a name, an integer or a truth value."""
+    """A text, or a pair of texts, and its label: a class (a name, an integer, a truth value) or a number."""
 
     text: str
     pair: str | None
-    label: str | int
+    label: str | int | float
     where: str
 
     def question(self) -> Hashable:

@@ -23,6 +23,7 @@ RESULT = "result.json"
 DATA = "data.json"
 COMPLETE = "complete.json"
 LABELS = "labels.json"
+TASK = "task.json"
 PARTS = (STATE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 """What a checkpoint must hold, beside the states of random generators, so that a run goes on as if it never stopped."""
 

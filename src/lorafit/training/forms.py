@@ -287,14 +287,14 @@ def label_names(labelled: Sequence[Labelled]) -> tuple[str, ...]:
     Raises:
         DataError: some labels are names and some numbers, or there is one class alone.
     """
-    kinds = {type(example.label): example for example in labelled}
+    kinds = {_kind(example.label): example for example in labelled}
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
         raise DataError(
             "The labels are of two kinds.",
             where=f"{one.where} and {other.where}",
             found=f"{one.label!r} and {other.label!r}",
-            expected="all names, or all integers",
+            expected="all names, or all whole numbers; of numbers alone, all may have fractions (regression)",
             fix="write all labels alike",
         )
     names = {label_name(example) for example in labelled}
@@ -310,6 +310,27 @@ def label_names(labelled: Sequence[Labelled]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name), name) if numeric else (0, name)))
 
 
+def _kind(label: str | int | float) -> type:
+    """What a label is: 3.0 is a whole number as 3 is."""
+    whole = isinstance(label, float) and label.is_integer()
+    return int if whole else type(label)
+
+
 def label_name(example: Labelled) -> str:
-    """The name of its class: `3` for 3, `true` for True."""
-    return str(example.label).lower() if isinstance(example.label, bool) else str(example.label)
+    """The name of its class: `3` for 3 and 3.0, `true` for True.
+
+    Raises:
+        DataError: the label is a number with a fraction, which is no class.
+    """
+    label = example.label
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise DataError(
+                "A number with a fraction is no class.",
+                where=example.where,
+                found=repr(label),
+                expected="a name or a whole number",
+                fix="name the classes, or have the numbers themselves predicted: --task regression",
+            )
+        return str(int(label))
+    return str(label).lower() if isinstance(label, bool) else str(label)

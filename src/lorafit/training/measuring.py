@@ -15,9 +15,9 @@ import torch
 
 from lorafit.handle import Handle
 from lorafit.training import ranks
-from lorafit.training.data import Data
 from lorafit.training.findings import Findings, Moved, Slices
 from lorafit.training.folder import RunFolder
+from lorafit.training.objectives import CORRECT, COUNTS, LOSSES
 from lorafit.training.prepare import Task
 from lorafit.training.record import Recorder
 from lorafit.training.shift import Doing, Reading, forgetting, shifted
@@ -60,7 +60,7 @@ class Watch:
         self._recorder = recorder
         self._folder = folder
         self._notify = notify
-        self._unit = "nats/token" if isinstance(task.data, Data) else "nats/record"
+        self._unit = task.objective.unit.replace(" per ", "/")
         self._before: dict[str, Reading] = {}
 
     def before(self, *, resumed: bool) -> None:
@@ -180,7 +180,8 @@ def measure(trainer: AdapterTrainer, task: Task, records: Sequence[Any], step: i
                     parts.append(task.objective.tally(model, batch).stacked())
     finally:
         model.train(was_training)
-    losses, counts, correct = torch.cat(parts).unbind(1)
+    table = torch.cat(parts)
+    losses, counts, correct = table[:, LOSSES], table[:, COUNTS], table[:, CORRECT]
     right = None if bool((correct < 0).any()) else tuple(correct.tolist())
     return Reading(Evaluation.of(step, losses.tolist(), counts.tolist()), right)
 

@@ -1,19 +1,22 @@
-"""What a run minimises and how it is judged: next tokens of a language model, or classes of a classifier."""
+"""What a run minimises and how it is judged: next tokens of a language model, classes, or numbers."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafit.errors import DataError
-from lorafit.training.batches import RECORDS, TOKENS
+from lorafit.training.agreement import agreement
+from lorafit.training.batches import RECORDS, TOKENS, VALUES, inputs_of
 from lorafit.training.loss import SupervisedLoss
+from lorafit.training.numbers import Scale
 from lorafit.training.sequences import IGNORED
 
 Batch = Mapping[str, Tensor]
@@ -27,16 +30,27 @@ class Tally:
         losses: (records,), the summed loss of each.
         counts: (records,), the predictions of each.
         correct: (records,), how many of them are right (classification); None where that is not counted.
+        pairs: (records, 2), the number that was predicted and the right one (regression); None of anything else.
     """
 
     losses: Tensor
     counts: Tensor
     correct: Tensor | None
+    pairs: Tensor | None = None
 
     def stacked(self) -> Tensor:
-        """(records, 3): losses, counts, correct, which is -1 where it is not counted."""
+        """(records, 5): losses, counts, correct, -1 where it is not counted, and the pairs, NaN where there are none.
+
+        `COLUMNS` says what is where; so that records of several processes can be gathered as one tensor.
+        """
         correct = torch.full_like(self.counts, -1) if self.correct is None else self.correct
-        return torch.stack([self.losses, self.counts, correct], dim=1)
+        nothing = torch.full((len(self.counts), 2), torch.nan, dtype=self.counts.dtype)
+        pairs = nothing if self.pairs is None else self.pairs
+        return torch.cat([torch.stack([self.losses, self.counts, correct], dim=1), pairs], dim=1)
+
+
+LOSSES, COUNTS, CORRECT, PREDICTED, EXPECTED = COLUMNS = tuple(range(5))
+"""The columns of `Tally.stacked`."""
 
 
 def mean_loss(total: float, count: float) -> float:
@@ -56,10 +70,17 @@ def mean_loss(total: float, count: float) -> float:
 
 
 class Objective(ABC):
-    """A loss to train on and a tally to judge by."""
+    """A loss to train on and a tally to judge by.
+
+    Attributes:
+        task_type: PEFT's word for it.
+        description: how the loss is computed, for people.
+        unit: what a loss counts, behind a number.
+    """
 
     task_type: str
     description: str
+    unit: str
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, num_items: Tensor | int | None) -> Tensor:
@@ -73,6 +94,10 @@ class Objective(ABC):
     def counted(self, batch: Batch) -> int:
         """How many predictions of the batch are trained on."""
 
+    @abstractmethod
+    def figures(self, table: Tensor) -> dict[str, float]:
+        """What is told of held-out records, stacked tallies, beside their mean loss; by the name it has in records."""
+
     @final
     def tokens(self, batch: Batch) -> int:
         """How many tokens the batch's records have, padding left out, however they are laid out."""
@@ -84,6 +109,7 @@ class NextToken(Objective):
     """Cross-entropy on the supervised tokens alone."""
 
     task_type = "CAUSAL_LM"
+    unit = "nats per token"
 
     def __init__(self, supervised: SupervisedLoss) -> None:
         self._supervised = supervised
@@ -102,6 +128,9 @@ class NextToken(Objective):
     def counted(self, batch: Batch) -> int:
         return int((batch["labels"][:, 1:] != -100).sum())
 
+    def figures(self, table: Tensor) -> dict[str, float]:
+        return _perplexity(table)
+
 
 @final
 class Classes(Objective):
@@ -109,6 +138,7 @@ class Classes(Objective):
 
     task_type = "SEQ_CLS"
     description = "cross-entropy over classes"
+    unit = "nats per record"
 
     def loss(self, model: nn.Module, batch: Batch, num_items: Tensor | int | None) -> Tensor:
         logits, labels = self._logits(model, batch)
@@ -123,7 +153,56 @@ class Classes(Objective):
     def counted(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
+    def figures(self, table: Tensor) -> dict[str, float]:
+        return {**_perplexity(table), "accuracy": table[:, CORRECT].sum().item() / table[:, COUNTS].sum().item()}
+
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
-        logits: Tensor = model(**inputs).logits
+        logits: Tensor = model(**inputs_of(batch)).logits
         return logits.float(), batch["labels"]
+
+
+@final
+class Numbers(Objective):
+    """The squared error of predicted numbers in float32, in squares of the labels' spread.
+
+    Args:
+        scale: how outputs become labels.
+    """
+
+    task_type = "SEQ_CLS"  # PEFT and transformers call so a head of one output, too
+    unit = "of the labels' variance"
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.description = f"mean squared error in float32, of labels that lie {scale.spread:.3g} apart (spread)"
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: Tensor | int | None) -> Tensor:
+        predicted, counted = self._predicted(model, batch)
+        total = self._squares(predicted, batch).mul(counted).sum()
+        return total / (counted.sum().clamp(min=1) if num_items is None else num_items)
+
+    def tally(self, model: nn.Module, batch: Batch) -> Tally:
+        predicted, _ = self._predicted(model, batch)
+        losses = self._squares(predicted, batch).cpu().double()
+        pairs = torch.stack([predicted, batch[VALUES].float()], dim=1).cpu().double()
+        return Tally(losses, torch.ones_like(losses), None, pairs)
+
+    def counted(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def figures(self, table: Tensor) -> dict[str, float]:
+        pairs = table[:, [PREDICTED, EXPECTED]]
+        return agreement(pairs).figures() if len(pairs) and bool(pairs.isfinite().all()) else {}
+
+    def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(records,): the labels that the model gives, and whether each record counts."""
+        logits: Tensor = model(**inputs_of(batch)).logits
+        return self.scale.label(logits.float().squeeze(-1)), (batch["labels"] != IGNORED).float()
+
+    def _squares(self, predicted: Tensor, batch: Batch) -> Tensor:
+        return ((predicted - batch[VALUES].float()) / self.scale.spread).square()
+
+
+def _perplexity(table: Tensor) -> dict[str, float]:
+    loss = mean_loss(table[:, LOSSES].sum().item(), table[:, COUNTS].sum().item())
+    return {"perplexity": math.exp(min(loss, 700))}

@@ -38,6 +38,17 @@ class Told:
     kept: int | None
 
 
+AGREEMENT = ("mean_absolute_error", "pearson", "spearman")
+"""What is told of a regression beside its loss, in records of evaluations; with their ends, `_low` and `_high`."""
+
+
+def agreed(folder: RunFolder, step: int) -> dict[str, float]:
+    """How well numbers were predicted at a step, as the records of a run have it; empty where they do not."""
+    names = [f"{name}{end}" for name in AGREEMENT for end in ("", "_low", "_high")]
+    found = [one for one in folder.recorded("evaluation") if one.get("step") == step]
+    return {name: found[-1][name] for name in names if found and found[-1].get(name) is not None}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run came to.
@@ -48,13 +59,14 @@ class Outcome:
         adapter: the finished adapter (a checkpoint, if interrupted).
         steps: optimizer steps done in all.
         resumed_from: the step from which the last process went on.
-        eval_before, eval_after: held-out loss in nats per prediction, None without held-out data.
+        eval_before, eval_after: held-out loss of a prediction, None without held-out data.
         train_seconds: time in steps, in this process.
         seconds: time in all, in this process.
         peak_rss_bytes: peak memory of this process, None where the system does not tell.
         shown: questions answered before and after.
         verdict: what became of the run, None without held-out data.
         findings: what else became of it: of a general text, of slices, of another domain.
+        unit: what a loss counts, behind a number; empty in results of before it was recorded.
     """
 
     status: str
@@ -70,6 +82,7 @@ class Outcome:
     shown: tuple[Shown, ...]
     verdict: Told | None = None
     findings: Findings = field(default_factory=Findings)
+    unit: str = ""
 
     def figures(self) -> dict[str, Any]:
         """What the records and the result hold of it."""
@@ -101,4 +114,5 @@ class Outcome:
             shown=tuple(Shown(**one) for one in done["shown"]),
             verdict=None if told is None else Told(**{**told, "hints": tuple(told["hints"])}),
             findings=Findings.read(done.get("findings", {})),
+            unit=done.get("unit", ""),
         )

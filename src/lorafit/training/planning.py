@@ -35,7 +35,7 @@ from typing import Any, final
 import torch
 
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, LabelledData, load_examples
+from lorafit.training.data import Data, load_examples
 from lorafit.training.measuring import batches as within
 from lorafit.training.models import Located, choose_dtype, load_tokenizer, locate
 from lorafit.training.planning_child import ENDED, PACKED, TOKENS, Measured, measure
@@ -44,6 +44,7 @@ from lorafit.training.planning_model import Price, Sizes, Skeleton, skeleton
 from lorafit.training.planning_run import MOST, Course, batches, course, limited
 from lorafit.training.prepare import data_settings, encode, training_arguments
 from lorafit.training.trainer import records_in_all, records_per_step
+from lorafit.training.valued import AnyData
 from lorafit.training.watching import gather
 
 Notify = Callable[[str], object]
@@ -191,7 +192,7 @@ class Planner:
         self.located: Located = locate(settings.model, notify)
         self.tokenizer = load_tokenizer(self.located)
         loaded = load_examples(data_settings(settings))
-        self.data: Data | LabelledData = encode(settings, self.tokenizer, loaded)
+        self.data: AnyData = encode(settings, self.tokenizer, loaded)
         records = records_in_all(self.arguments, len(self.data.train))
         self.watched = gather(settings, self.tokenizer, loaded, self.data, records)
         for sentence in (*self.data.announcements, *self.watched.told):
@@ -199,13 +200,13 @@ class Planner:
         self.device: torch.device = self.arguments.device
         self.process = CONTEXT
 
-    def model(self, settings: Settings, data: Data | LabelledData) -> Skeleton:
+    def model(self, settings: Settings, data: AnyData) -> Skeleton:
         """The model of some settings, without weights."""
         arguments = training_arguments(settings, Path("unused"))
         dtype = choose_dtype(settings.dtype, self.device)
         return skeleton(settings, arguments, self.located, data, self.tokenizer.pad_token_id, dtype)
 
-    def formula(self, settings: Settings, data: Data | LabelledData, built: Skeleton | None = None) -> Formula:
+    def formula(self, settings: Settings, data: AnyData, built: Skeleton | None = None) -> Formula:
         """The memory of some settings."""
         built = self.model(settings, data) if built is None else built
         longest, held = longest_batches(built, settings, data)
@@ -263,7 +264,7 @@ class Planner:
         )
 
     def _course(self, built: Skeleton) -> Course:
-        samples = 0 if isinstance(self.data, LabelledData) else len(self.data.samples)
+        samples = len(self.data.samples) if isinstance(self.data, Data) else 0
         watched = [part.records for part in self.watched.parts()]
         return course(self.settings, built.arguments, self.data.train, self.data.eval, samples, built.places, watched)
 
@@ -274,7 +275,7 @@ class Planner:
         return rates(self.device, dtype, built.places(longest), width)
 
 
-def longest_batches(built: Skeleton, settings: Settings, data: Data | LabelledData) -> tuple[list[Any], list[Any]]:
+def longest_batches(built: Skeleton, settings: Settings, data: AnyData) -> tuple[list[Any], list[Any]]:
     """The largest batch of training, of the first `MOST`, and the largest one of evaluation.
 
     The batch with the longest record is the first of all, and with padding the largest.
@@ -347,7 +348,7 @@ class _Clock:
             0.0,
         )
 
-    def scaled(self, settings: Settings, measured: Measured, data: Data | LabelledData) -> Times:
+    def scaled(self, settings: Settings, measured: Measured, data: AnyData) -> Times:
         """From measured seconds: a whole run takes as much more as the formula says."""
         size, step = self._built.arguments.train_batch_size, records_per_step(self._built.arguments)
         done = [

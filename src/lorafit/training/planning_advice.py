@@ -8,9 +8,9 @@ from typing import Any, cast, final
 
 from lorafit.errors import LorafitError
 from lorafit.training.config import Settings, resolve
-from lorafit.training.data import Data, LabelledData
 from lorafit.training.planning import Forecast, Planner
 from lorafit.training.sequences import Encoded
+from lorafit.training.valued import AnyData
 
 KEPT = 0.9
 """The share of the training records that a shorter max_length should leave whole."""
@@ -60,7 +60,7 @@ def advise(planner: Planner, forecast: Forecast) -> list[Advice]:
     return found
 
 
-def _changes(planner: Planner) -> Iterator[tuple[str, str, Settings, Data | LabelledData]]:
+def _changes(planner: Planner) -> Iterator[tuple[str, str, Settings, AnyData]]:
     settings, data = planner.settings, planner.data
     arguments = planner.arguments
     held = arguments.eval_batch_size
@@ -94,7 +94,7 @@ def _changes(planner: Planner) -> Iterator[tuple[str, str, Settings, Data | Labe
         yield f"{flags} --quantise int8", "slower, over a base of 8 bits", _with(small, quantise="int8"), data
 
 
-def _lossy(settings: Settings, data: Data | LabelledData) -> Iterator[tuple[str, str, Settings, Data | LabelledData]]:
+def _lossy(settings: Settings, data: AnyData) -> Iterator[tuple[str, str, Settings, AnyData]]:
     """Changes after which something else is learnt."""
     try:
         frozen = resolve([("the plan", {**_flat(settings), "method": "lora-fa"})])

@@ -16,19 +16,21 @@ from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.handle import Handle
 from lorafit.inject import attach
 from lorafit.methods import INNER, build
-from lorafit.training.batches import Collator, LabelCollator
+from lorafit.training.batches import AnyCollator, Collator
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, LabelledData
+from lorafit.training.data import Data
 from lorafit.training.loss import FullLogits, HeadRows, KeptColumns, SupervisedLoss, chunk_for
-from lorafit.training.models import Located
-from lorafit.training.objectives import Classes, NextToken, Objective
+from lorafit.training.models import Located, classifier_shape, head_paths
+from lorafit.training.objectives import NextToken, Objective
 from lorafit.training.packing import PackingCollator
 from lorafit.training.planning_machine import Rates
 from lorafit.training.planning_shades import Ledger, held_bytes, shades
+from lorafit.training.pooling import pooling_of
 from lorafit.training.prefix_trial import undisturbed
-from lorafit.training.prepare import check_unpacked, lay_out
+from lorafit.training.prepare import check_unpacked, labelled, lay_out
 from lorafit.training.quantised import STORAGES, check_plain, layers, shapes, sketch
 from lorafit.training.recompute_cheap import CheapAgain, Keeping, KeepsAll, find_places
+from lorafit.training.valued import AnyData, class_names
 
 
 @final
@@ -95,7 +97,7 @@ class Skeleton:
     model: Any
     handle: Handle
     objective: Objective
-    layout: Collator | LabelCollator | PackingCollator
+    layout: AnyCollator | PackingCollator
     told: str
     sizes: Sizes
     arguments: TrainingArguments
@@ -170,7 +172,7 @@ def skeleton(
     settings: Settings,
     arguments: TrainingArguments,
     located: Located,
-    data: Data | LabelledData,
+    data: AnyData,
     pad: int,
     dtype: torch.dtype,
 ) -> Skeleton:
@@ -191,7 +193,7 @@ def skeleton(
 
 
 def fitted(
-    settings: Settings, located: Located, data: Data | LabelledData, pad: int, dtype: torch.dtype
+    settings: Settings, located: Located, data: AnyData, pad: int, dtype: torch.dtype
 ) -> tuple[Any, Handle, _Base]:
     """The model without weights, the adapter on it, and what a quantised base takes otherwise.
 
@@ -247,20 +249,19 @@ def _quantised(name: str, model: Any, saved: Sequence[str], *, causal: bool) -> 
 
 
 def _model(
-    settings: Settings, located: Located, data: Data | LabelledData, pad: int, dtype: torch.dtype
+    settings: Settings, located: Located, data: AnyData, pad: int, dtype: torch.dtype
 ) -> tuple[Any, list[str], _Base]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    pooling = None if isinstance(data, Data) else pooling_of(located.path, settings.pooling).kind
     try:
         config = AutoConfig.from_pretrained(located.path)
         with torch.device("meta"):
             if isinstance(data, Data):
                 model, head = AutoModelForCausalLM.from_config(config, dtype=dtype), list[str]()
             else:
-                known = any("SequenceClassification" in name for name in config.architectures or ())
-                config.num_labels, config.pad_token_id = len(data.labels), pad
-                model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-                head = [] if known else _head(model)
+                model = classifier_shape(config, class_names(data), pad, pooling, dtype=dtype)
+                head = head_paths(model)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the model's config cannot be read: {str(error).strip().splitlines()[0]}",
@@ -276,13 +277,6 @@ def _model(
     return model, head, based
 
 
-def _head(model: Any) -> list[str]:
-    """The modules that a checkpoint of the bare model does not hold: those beside it that have parameters."""
-    inside = f"{model.base_model_prefix}."
-    keys = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
-    return sorted({name.rpartition(".")[0] for name in keys})
-
-
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options without an initialiser: it changes values, and no shape."""
     kept = {name: value for name, value in options.items() if name != "init"}
@@ -292,11 +286,12 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trained(
-    settings: Settings, arguments: TrainingArguments, model: Any, data: Data | LabelledData, pad: int
-) -> tuple[Objective, Collator | LabelCollator | PackingCollator, str]:
-    if isinstance(data, LabelledData):
+    settings: Settings, arguments: TrainingArguments, model: Any, data: AnyData, pad: int
+) -> tuple[Objective, AnyCollator | PackingCollator, str]:
+    if not isinstance(data, Data):
         check_unpacked(settings)
-        return Classes(), LabelCollator(pad), ""
+        objective, collator = labelled(data, pad)  # which scale a number has changes no shape
+        return objective, collator, ""
     loss, plain = _loss(model, arguments.device), Collator(pad)
     # Nobody can try whether this model keeps records apart in a row. Most do: all losses count as equal here.
     agreeing: Any = lambda model, batch: 0.0  # noqa: E731

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafit.training.batches import RECORDS, TOKENS
+from lorafit.training.batches import RECORDS, TOKENS, VALUES
 from lorafit.training.sequences import IGNORED
 
 TOLD = ("input_ids", "token_type_ids")
 """What a model is told of each token beside its place: it decides what the layers make of a sequence."""
-KNOWN = frozenset({*TOLD, "attention_mask", "position_ids", "labels", TOKENS, RECORDS})
+KNOWN = frozenset({*TOLD, "attention_mask", "position_ids", "labels", TOKENS, RECORDS, VALUES})
 """What a batch may hold; with anything else in it, it is not known what a sequence's states depend on."""
 
 

@@ -14,30 +14,24 @@ from transformers import TrainingArguments
 
 from lorafit.errors import ConfigError
 from lorafit.training import ranks
-from lorafit.training.batches import Collator, LabelCollator
+from lorafit.training.batches import AnyCollator, Collator, LabelCollator, ValueCollator
 from lorafit.training.classify import EncodedLabel
 from lorafit.training.config import Settings
-from lorafit.training.data import (
-    Data,
-    DataSettings,
-    Examples,
-    LabelledData,
-    load_data,
-    load_examples,
-    load_labelled_data,
-)
+from lorafit.training.data import Data, DataSettings, Examples, load_examples
 from lorafit.training.embedded_data import embedded_data_path
-from lorafit.training.examples import Labelled
+from lorafit.training.headed import Headed
 from lorafit.training.loss import SupervisedLoss
-from lorafit.training.models import Located, choose_dtype, load_classifier, load_tokenizer, locate
-from lorafit.training.objectives import Classes, NextToken, Objective
+from lorafit.training.models import Located, choose_dtype, head_paths, load_classifier, load_tokenizer, locate
+from lorafit.training.objectives import Classes, NextToken, Numbers, Objective
 from lorafit.training.packing import PackingCollator
 from lorafit.training.packing_trial import Decision, decide
+from lorafit.training.pooling import pooling_of
 from lorafit.training.quantised import check_quantise, load_base, quantise_loaded
 from lorafit.training.recompute import checkpointing
-from lorafit.training.sequences import Sample
+from lorafit.training.sequences import Encoded, Sample
 from lorafit.training.sharding import check_shard
 from lorafit.training.trainer import records_in_all, records_per_step
+from lorafit.training.valued import AnyData, ValueData, class_names, load_any
 from lorafit.training.watching import Watched, gather
 
 Notify = Callable[[str], object]
@@ -61,26 +55,28 @@ class Task:
         tokenizer: its tokenizer.
         located: where the model is and what it is called.
         data: training and held-out records, encoded.
-        samples: held-out questions to answer before and after (none for a classifier).
+        samples: held-out questions to answer before and after (none but for a language model).
         objective: what is minimised.
         collator: makes batches of a row for each record.
         layout: makes the batches to train and to evaluate on, in which records may share rows.
-        head: modules that the checkpoint did not hold and that are therefore trained in full.
+        head: modules that are trained in full: the head, and what else the checkpoint did not hold.
         fingerprint: of the encoded data, so that a run does not go on with others.
         watched: what is measured before and after and not learnt from.
+        pooling: what the head of a classifier or a regression reads, None for what the model's own class reads.
     """
 
     model: Any
     tokenizer: Any
     located: Located
-    data: Data | LabelledData
+    data: AnyData
     samples: list[Sample]
     objective: Objective
-    collator: Collator | LabelCollator
-    layout: Collator | LabelCollator | PackingCollator
+    collator: AnyCollator
+    layout: AnyCollator | PackingCollator
     head: list[str]
     fingerprint: str
     watched: Watched
+    pooling: str | None = None
 
 
 def training_arguments(settings: Settings, output_dir: Path) -> TrainingArguments:
@@ -166,12 +162,51 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
             model, tokenizer, located, data, data.samples, NextToken(loss), plain, rows, [], fingerprint, watched
         )
     check_unpacked(settings)
-    model, head = load_classifier(located, dtype, data.labels, pad, seed=settings.seed)
+    pooling = pooling_of(located.path, settings.pooling)
+    _say(notify, pooling.said)
+    model, head = load_classifier(located, dtype, class_names(data), pad, seed=settings.seed, pooling=pooling.kind)
     if head:
         notify(f"new in this model, and trained in full: {', '.join(head)}")
+    own = head_paths(model)
+    brought = [path for path in own if path not in head]
+    objective, collator = labelled(data, pad, model.config if brought and brought == own else None)
+    if brought:
+        notify(f"the head that the model's files bring is trained on, in full: {', '.join(brought)}")
+    head = [*head, *brought]
     _say(notify, quantise_loaded(settings.quantise, model, [*settings.modules_to_save, *head]))
-    labelled = LabelCollator(pad)
-    return Task(model, tokenizer, located, data, [], Classes(), labelled, labelled, head, fingerprint, watched)
+    return Task(
+        model=model,
+        tokenizer=tokenizer,
+        located=located,
+        data=data,
+        samples=[],
+        objective=objective,
+        collator=collator,
+        layout=collator,
+        head=head,
+        fingerprint=fingerprint,
+        watched=watched,
+        pooling=pooling.kind,
+    )
+
+
+def labelled(data: AnyData, pad: int, brings: Any = None) -> tuple[Objective, LabelCollator | ValueCollator]:
+    """How a classifier or a regression is trained, and its batches.
+
+    Args:
+        data: what it trains on.
+        pad: the id of the padding token.
+        brings: the config of a model whose files bring its head; None where that is new.
+    """
+    if isinstance(data, ValueData):
+        return Numbers(data.scale if brings is None else data.scale.brought(brings)), ValueCollator(pad)
+    return Classes(), LabelCollator(pad)
+
+
+def headed(task: Task) -> Headed:
+    """What is to be known of the head of a classifier or a regression."""
+    scale = task.objective.scale if isinstance(task.objective, Numbers) else None
+    return Headed(tuple(class_names(task.data)), scale, task.pooling)
 
 
 def _say(notify: Notify, text: str) -> None:
@@ -180,7 +215,7 @@ def _say(notify: Notify, text: str) -> None:
 
 
 def check_unpacked(settings: Settings) -> None:
-    """Raises `ConfigError` if a classifier's records are to share rows."""
+    """Raises `ConfigError` if the records of a classifier or a regression are to share rows."""
     if settings.packing is True:
         raise ConfigError(
             "a classifier cannot have several records in a row",
@@ -214,22 +249,32 @@ def lay_out(
     return decide(wanted, model, loss, data.train, plain, batch_size=size, seed=settings.seed, step=step)
 
 
-def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> Data | LabelledData:
-    """The records as training takes them: for a language model, or for a classifier if they have labels.
+def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> AnyData:
+    """The records as training takes them: for a language model, or for a classifier or a regression.
 
     Raises:
         DataError: they cannot be learned from.
     """
-    wanted = data_settings(settings)
-    labelled = isinstance(loaded.train[0], Labelled)
-    if settings.task == "sequence-classification" or (settings.task == "auto" and labelled):
-        return load_labelled_data(wanted, tokenizer, max_length=settings.max_length, loaded=loaded)
-    return load_data(wanted, tokenizer, max_length=settings.max_length, samples=settings.samples, loaded=loaded)
+    return load_any(
+        data_settings(settings),
+        tokenizer,
+        task=settings.task,
+        max_length=settings.max_length,
+        samples=settings.samples,
+        loaded=loaded,
+    )
 
 
-def _fingerprint(data: Data | LabelledData) -> str:
+def _fingerprint(data: AnyData) -> str:
     digest = hashlib.sha256()
-    for one in [*data.train, *data.eval]:
-        learnt = one.label if isinstance(one, EncodedLabel) else list(one.labels)
+    records: list[Any] = [*data.train, *data.eval]
+    for one in records:
+        match one:
+            case Encoded():
+                learnt: Any = list(one.labels)
+            case EncodedLabel():
+                learnt = one.label
+            case _:
+                learnt = one.value
         digest.update(json.dumps([list(one.input_ids), learnt]).encode())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ Which columns have which roles is decided in `forms.py`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -192,10 +193,10 @@ class Text(Form):
 @final
 @dataclass(frozen=True)
 class TextLabel(Form):
-    """A text or a pair of texts, and its class."""
+    """A text or a pair of texts, and its label: a class, or a number to predict."""
 
     columns: Mapping[str, str]
-    name: ClassVar[str] = "classification"
+    name: ClassVar[str] = "text/label"
 
     def describe(self) -> str:
         texts = [self.columns[role] for role in ("text", "pair") if role in self.columns]
@@ -206,15 +207,10 @@ class TextLabel(Form):
         pair = _text(record, self.columns["pair"]) if "pair" in self.columns else None
         column = self.columns["label"]
         label = record.fields[column]
-        if not isinstance(label, (str, int)) or label == "":
+        endless = isinstance(label, float) and not math.isfinite(label)
+        if not isinstance(label, (str, int, float)) or label == "" or endless:
             raise _wrong(
-                record,
-                column,
-                label,
-                "a class: a name or an integer",
-                "numbers with a fraction are not classes: name the classes"
-                if isinstance(label, float)
-                else "label the record, or leave it out",
+                record, column, label, "a class (a name or an integer) or a number", "label the record, or leave it out"
             )
         return Labelled(text, pair, label, record.where)
 

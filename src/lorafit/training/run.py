@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
-from lorafit import files
 from lorafit.distributed import is_sharded
 from lorafit.errors import ConfigError
 from lorafit.handle import Handle
@@ -25,20 +23,20 @@ from lorafit.methods import build
 from lorafit.plan import Modules, choose, saved_paths
 from lorafit.training import ranks
 from lorafit.training.answers import answers
-from lorafit.training.batches import Records
+from lorafit.training.batches import Records, inputs_of
 from lorafit.training.callbacks import Announcing, Bar, Interrupt, Recording, Timing, schedule_facts, terminated
 from lorafit.training.config import Settings
-from lorafit.training.data import LabelledData
+from lorafit.training.data import Data
 from lorafit.training.dropping import Trial, settle
-from lorafit.training.folder import LABELS, SETTINGS, open_folder
+from lorafit.training.folder import SETTINGS, open_folder
 from lorafit.training.judging import Judging
 from lorafit.training.measuring import Watch
 from lorafit.training.meter import peak_bytes
 from lorafit.training.models import default_rate
-from lorafit.training.outcome import Outcome, Shown, Told
+from lorafit.training.outcome import Outcome, Shown, Told, agreed
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.prefix_run import shorten
-from lorafit.training.prepare import Task, prepare, training_arguments
+from lorafit.training.prepare import Task, headed, prepare, training_arguments
 from lorafit.training.record import Recorder, Unheard, environment
 from lorafit.training.sharding import check_several, check_shard, divide
 from lorafit.training.spans import duration
@@ -346,14 +344,18 @@ class _Run:
             handle.save(self.folder.adapter, base_model=task.located.name, task_type=task.objective.task_type)
         if ranks.speaks():
             task.tokenizer.save_pretrained(self.folder.adapter)
-            if isinstance(task.data, LabelledData):
-                files.write_text(self.folder.adapter / LABELS, json.dumps(task.data.labels, ensure_ascii=False))
+            if not isinstance(task.data, Data):
+                headed(task).write(self.folder.adapter)
         shown = tuple(
             Shown(sample.prompt, sample.gold, old, new)
             for sample, old, new in zip(task.samples, first, last, strict=True)
         )
         judging.remove()
-        outcome = replace(self._outcome("done", self.folder.adapter, trainer, before, after, shown), findings=findings)
+        outcome = replace(
+            self._outcome("done", self.folder.adapter, trainer, before, after, shown),
+            findings=findings,
+            unit=task.objective.unit,
+        )
         if verdict is not None:
             hints = verdict.hints if findings.slices is None else (*verdict.hints, *findings.slices.hints)
             told = Told(verdict.kind.value, verdict.sentence, hints, trainer.restored)
@@ -363,6 +365,8 @@ class _Run:
         result = {
             **outcome.figures(),
             "resumed_from": outcome.resumed_from,
+            "unit": outcome.unit,
+            "agreement": agreed(self.folder, trainer.restored or trainer.state.global_step),
             "shown": [asdict(one) for one in shown],
             "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
             "findings": findings.as_json(),
@@ -421,7 +425,7 @@ def _fuse(task: Task, handle: Handle) -> None:
     shortest: Any = min(task.data.train, key=len)
     batch = task.collator([shortest])
     device = task.model.get_input_embeddings().weight.device
-    handle.fuse(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+    handle.fuse(**{key: value.to(device) for key, value in inputs_of(batch).items()})
 
 
 def _limited(records: Sequence[Any], limit: int | None) -> Sequence[Any]:

@@ -30,7 +30,7 @@ from lorafit.training import ranks
 from lorafit.training.batches import LengthBucketSampler, SharedBatches
 from lorafit.training.folder import COMPLETE, without
 from lorafit.training.meter import Meter
-from lorafit.training.objectives import Objective, Tally, mean_loss
+from lorafit.training.objectives import COLUMNS, COUNTS, LOSSES, Objective, Tally, mean_loss
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.recompute import FrozenInputs
 from lorafit.training.recompute_cheap import Keeping, KeepsAll
@@ -239,8 +239,9 @@ class AdapterTrainer(Trainer):
                     parts.append(self._of_all(tally))
         finally:
             model.train(was_training)
-        losses, counts, right = torch.cat(parts).unbind(1) if parts else torch.zeros(3, 0, dtype=torch.float64)
-        count, correct = counts.sum().item(), right.sum().item()
+        table = torch.cat(parts) if parts else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+        losses, counts = table[:, LOSSES], table[:, COUNTS]
+        count = counts.sum().item()
         loss = mean_loss(losses.sum().item(), count)
         self.last_evaluated, self.last_loss = self.state.global_step, loss
         self.last_records = Evaluation.of(self.state.global_step, losses.tolist(), counts.tolist())
@@ -248,12 +249,10 @@ class AdapterTrainer(Trainer):
         self.last_rate = ranks.total([tokens])[0] / seconds
         metrics = {
             f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
+            **{f"{metric_key_prefix}_{name}": value for name, value in self.objective.figures(table).items()},
             f"{metric_key_prefix}_supervised_tokens": count,
             f"{metric_key_prefix}_seconds": seconds,
         }
-        if correct >= 0:
-            metrics[f"{metric_key_prefix}_accuracy"] = correct / count
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -118,25 +118,50 @@ class Verdict:
     hints: tuple[str, ...]
 
 
-def judge(evaluations: Sequence[Evaluation], trained: float | None = None) -> Verdict | None:
+@final
+@dataclass(frozen=True)
+class Ways:
+    """What hints call the ways to change a run.
+
+    Attributes:
+        stop: to stop early.
+        longer: to train for longer.
+        often: to measure more often.
+        look: to look at the data.
+        hold: to measure on more.
+    """
+
+    stop: str = "early_stopping"
+    longer: str = "num_train_epochs or max_steps"
+    often: str = "eval_steps"
+    look: str = "look at the data: lorafit check"
+    hold: str = "hold out more records"
+
+
+SETTINGS = Ways()
+"""The settings of `lorafit train`."""
+
+
+def judge(evaluations: Sequence[Evaluation], trained: float | None = None, *, ways: Ways = SETTINGS) -> Verdict | None:
     """The verdict on a run; None where it was never evaluated.
 
     Args:
         evaluations: of the same records, in the order of their steps; the first may be of step 0.
         trained: the mean training loss of the last steps, if it is known.
+        ways: what hints call the ways to change the run.
     """
     if not evaluations:
         return None
     best, last = min(evaluations, key=lambda one: one.mean), evaluations[-1]
     for look in (_overfitting, _unchanged, _late):
-        found = look(evaluations, best, last, trained)
+        found = look(evaluations, best, last, trained, ways)
         if found is not None:
             return found
     raise AssertionError("the last look always finds something")
 
 
 def _overfitting(
-    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None
+    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None, ways: Ways
 ) -> Verdict | None:
     """The loss rose since the best step, by more than chance would have it for the best of so many."""
     if best is last or best.step == 0:
@@ -148,14 +173,14 @@ def _overfitting(
         f"overfitting since step {best.step:,}: the held-out loss rose from {best.mean:.4f} to {last.mean:.4f} "
         f"({_signed(rise)})"
     )
-    hints = [f"stop at step {best.step:,} (early_stopping), train on more data, or lower r or the learning rate"]
+    hints = [f"stop at step {best.step:,} ({ways.stop}), train on more data, or lower r or the learning rate"]
     if trained is not None:
         hints.insert(0, f"the training loss is {trained:.3f}, {_below(trained, last.mean)} the held-out one")
     return Verdict(Kind.OVERFITTING, best.step, sentence, tuple(hints))
 
 
 def _unchanged(
-    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None
+    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None, ways: Ways
 ) -> Verdict | None:
     """The loss is not lower than before the first step."""
     first = evaluations[0]
@@ -165,23 +190,25 @@ def _unchanged(
     if learnt.probability() < ERROR:
         return None
     sentence = f"not learning: the held-out loss is {last.mean:.4f}, and was {first.mean:.4f} ({_signed(learnt)})"
-    hint = "raise the learning rate (3 times as high is a fair try) or r, and look at the data: lorafit check"
+    hint = f"raise the learning rate (3 times as high is a fair try) or r, and {ways.look}"
     if learnt.value - learnt.margin > 0:
-        hint = "lower the learning rate (to a third is a fair try), and look at the data: lorafit check"
+        hint = f"lower the learning rate (to a third is a fair try), and {ways.look}"
     return Verdict(Kind.UNCHANGED, best.step, sentence, (hint,))
 
 
-def _late(evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None) -> Verdict:
+def _late(
+    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None, ways: Ways
+) -> Verdict:
     """What happened in the last part of the run."""
     earlier = [one for one in evaluations if 0 < one.step <= max(1, LATE * last.step)]
     earlier = earlier or [one for one in evaluations[:-1] if one.step > 0]
     if not earlier:
         sentence = f"undecided: the held-out loss is {last.mean:.4f}, and was measured once in training"
-        return Verdict(Kind.UNDECIDED, best.step, sentence, ("measure more often: eval_steps",))
+        return Verdict(Kind.UNDECIDED, best.step, sentence, (f"measure more often: {ways.often}",))
     since, late = earlier[-1], change(earlier[-1], last)
     told = f"from {since.mean:.4f} at step {since.step:,} to {last.mean:.4f} ({_signed(late)})"
     if late.probability() < ERROR and -late.value >= WORTH * since.mean:
-        hints = ["train for longer (num_train_epochs or max_steps): the run ended before the learning did"]
+        hints = [f"train for longer ({ways.longer}): the run ended before the learning did"]
         return Verdict(Kind.IMPROVING, best.step, f"still improving: the held-out loss went {told}", tuple(hints))
     if abs(late.value) + late.margin <= STILL * since.mean:
         return Verdict(Kind.CONVERGED, best.step, f"converged: the held-out loss went {told}", _after(last, trained))
@@ -189,7 +216,7 @@ def _late(evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation,
     if not math.isfinite(late.margin):
         return Verdict(Kind.UNDECIDED, best.step, sentence, ("hold out more than one record",))
     needed = math.ceil(len(last.counts) * (late.margin / (STILL * since.mean)) ** 2)
-    hint = f"hold out more records: about {needed:,} instead of {len(last.counts):,} would tell a change of {STILL:.0%}"
+    hint = f"{ways.hold}: about {needed:,} instead of {len(last.counts):,} would tell a change of {STILL:.0%}"
     return Verdict(Kind.UNDECIDED, best.step, sentence, (hint,))
 
 
@@ -209,7 +236,13 @@ def _after(last: Evaluation, trained: float | None) -> tuple[str, ...]:
 
 
 def _below(trained: float, held: float) -> str:
-    return f"{(1 - trained / held):.0%} below"
+    """Where the training loss lies beside the held-out one.
+
+    >>> _below(0.5, 1.0), _below(3.0, 2.0)
+    ('50% below', '50% above')
+    """
+    share = 1 - trained / held
+    return f"{abs(share):.0%} {'below' if share >= 0 else 'above'}"
 
 
 def _signed(found: Change) -> str:

@@ -20,7 +20,9 @@ from lorafit.training.data import Data, Examples, LabelledData
 from lorafit.training.encode import Encoder
 from lorafit.training.examples import Example, Labelled
 from lorafit.training.forms import announcement, examples, recognise
+from lorafit.training.numbers import ValueEncoder
 from lorafit.training.sources import read_records
+from lorafit.training.valued import AnyData
 
 EMBEDDED, NONE = "embedded", "none"
 """Words that the setting `general` has beside names of files."""
@@ -62,7 +64,7 @@ class Watched:
         return [part for part in (self.general, self.target) if part is not None]
 
 
-def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: Data | LabelledData, records: int) -> Watched:
+def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: AnyData, records: int) -> Watched:
     """Reads and encodes what the settings want to have watched.
 
     Args:
@@ -77,8 +79,9 @@ def gather(settings: Settings, tokenizer: Any, loaded: Examples, data: Data | La
     """
     told: list[str] = []
     general = target = None
-    if settings.general != NONE and isinstance(data, LabelledData):
-        told.append("a classifier predicts no text, so there is no loss on a general text to tell what it forgets")
+    if settings.general != NONE and not isinstance(data, Data):
+        what = "a classifier" if isinstance(data, LabelledData) else "a regression"
+        told.append(f"{what} predicts no text, so there is no loss on a general text to tell what it forgets")
     elif settings.general != NONE:
         if settings.general == EMBEDDED:
             trained = records * sum(map(len, data.train)) / len(data.train)
@@ -154,19 +157,21 @@ def _limited(found: list[Example], limit: int | None, what: str, told: list[str]
     return [found[place * len(found) // limit] for place in range(limit)]
 
 
-def _part(
-    name: str, found: list[Example], settings: Settings, tokenizer: Any, data: Data | LabelledData, told: list[str]
-) -> Part:
-    if not isinstance(data, LabelledData):
+def _part(name: str, found: list[Example], settings: Settings, tokenizer: Any, data: AnyData, told: list[str]) -> Part:
+    if isinstance(data, Data):
         return _encoded(name, found, settings, tokenizer, told)
     labelled = [example for example in found if isinstance(example, Labelled)]
     if len(labelled) < len(found):
         raise DataError(
-            "the target's records have no classes",
+            "the target's records have no labels",
             where=found[0].where,
             expected="texts with labels, as the training records",
             fix="name another target, or say which columns they are: columns",
         )
+    if not isinstance(data, LabelledData):
+        valued = ValueEncoder(tokenizer, settings.max_length).encode_all(labelled)
+        _say_cut(valued.truncated, settings, told)
+        return Part(name, list(valued.items), _digest([[one.input_ids, one.value] for one in valued.items]))
     made = LabelEncoder(tokenizer, settings.max_length, data.labels).encode_all(labelled)
     _say_cut(made.truncated, settings, told)
     return Part(name, list(made.items), _digest([[one.input_ids, one.label] for one in made.items]))
