@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from lorafit.adapted import bank_of, banks, check_together, rescales, walk
-from lorafit.errors import StateError, nearest, some
+from lorafit.errors import StateError, check_attached, nearest, some
 from lorafit.layers import copy_of
 
 
@@ -21,14 +21,7 @@ def activate(model: nn.Module, known: Sequence[str], names: str | Sequence[str] 
     """Chooses which of the adapters `known` act from now on; see `Handle.activate`."""
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in chosen:
-        if name not in known:
-            raise StateError(
-                "no adapter of this name is attached",
-                found=repr(name),
-                expected=f"names among {some(known)}",
-                near=nearest(str(name), known),
-                fix="attach or load it first",
-            )
+        check_attached(name, known)
     check_together(model, chosen)
     for bank in banks(model):
         for name in bank.merged:

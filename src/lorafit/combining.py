@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafit.adapted import bank_of
 from lorafit.compress import NOTICED, Squeezed, TruncationWarning, relative, squeeze_dense, squeeze_low_rank
 from lorafit.delta import LowRank, Update
-from lorafit.errors import ConfigError, MergeError, StateError, nearest, some
+from lorafit.errors import ConfigError, MergeError, StateError, check_attached, some
 from lorafit.handle import Handle
 from lorafit.inject import check_name, install_all
 from lorafit.layers import Site, site_of
@@ -81,15 +81,8 @@ def combine(
     check_name(model, handle.method, name)
     _check(weights, how, r, density, seed)
     names = vars(model)[LEDGER].names
-    unknown = [each for each in weights if each not in names]
-    if unknown:
-        raise StateError(
-            "no adapter of this name is attached",
-            found=repr(unknown[0]),
-            expected=f"names among {some(names)}",
-            near=nearest(unknown[0], names),
-            fix="attach or load it first",
-        )
+    for each in weights:
+        check_attached(each, names)
     generator = validate.generator("combine.seed", seed)
     made: dict[str, Squeezed] = {}
     sites: dict[str, Site] = {}

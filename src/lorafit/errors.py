@@ -138,3 +138,16 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     head = ", ".join(listed[:limit])
     left = len(listed) - limit
     return f"{head} and {left} more" if left > 0 else head
+
+
+def check_attached(name: str, known: Iterable[str]) -> None:
+    """Raises `StateError` for the name of an adapter that is not among those that are attached."""
+    names = list(known)
+    if name not in names:
+        raise StateError(
+            "no adapter of this name is attached",
+            found=repr(name),
+            expected=f"names among {some(names)}",
+            near=nearest(str(name), names),
+            fix="attach or load it first",
+        )

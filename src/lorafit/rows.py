@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapted import Bank, adapting, bank_of, by_copy, mix, replaced, unmix, walk
-from lorafit.errors import ConfigError, StateError, nearest, some
+from lorafit.errors import ConfigError, StateError, check_attached
 from lorafit.kernels.scratch import transformed
 from lorafit.layers import Mixing, Site, alone, apply, site_of
 from lorafit.memo import STEPS
@@ -147,14 +147,8 @@ def _check(model: nn.Module, known: Sequence[str], names: Sequence[Name]) -> Non
             fix=f'rows(["{known[0]}", None]) for a batch of two rows',
         )
     for name in dict.fromkeys(names):
-        if name is not None and name not in known:
-            raise StateError(
-                "no adapter of this name is attached",
-                found=repr(name),
-                expected=f"names among {some(known)}",
-                near=nearest(str(name), known),
-                fix="attach or load it first",
-            )
+        if name is not None:
+            check_attached(name, known)
     for path, module, _ in walk(model):
         bank = bank_of(module)
         if bank is not None and bank.merged:

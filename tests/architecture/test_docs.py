@@ -24,7 +24,7 @@ from lorafit.diffusion import settings as diffusion
 from lorafit.methods.initialisers import INITIALISERS
 from lorafit.methods.table import markdown
 from lorafit.report import pictures, records, watched
-from lorafit.training import data, folder
+from lorafit.training import data, folder, owned
 from lorafit.training.aliases import ALIASES
 from lorafit.training.config import DEFAULT_TRAINING, RESERVED, Settings
 from lorafit.training.formats import FORMATS
@@ -213,7 +213,8 @@ def _info_keys() -> Iterator[str]:
 
 
 def test_files_of_a_run() -> None:
-    constants = {value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
+    named = {**vars(owned), **vars(folder)}
+    constants = {value for name, value in named.items() if name.isupper() and isinstance(value, str)}
     assert len(constants) > 5
     assert constants <= quoted(prose(ALL)) | {name.strip("`/") for name in rows(ALL, "file", "what it is")}
 

@@ -50,6 +50,15 @@ def test_the_spellings_of_the_scripts_are_taken_and_named() -> None:
     assert "snr_gamma is called min_snr here" in said and len(said) == 7
 
 
+def test_a_method_inside_of_another_has_its_spellings_and_types_too() -> None:
+    found = settled(method="dora", inner={"method": "lora", "lora_r": "4", "alpha": "8"})
+    assert found.method_options == {"inner": {"method": "lora", "r": 4, "alpha": 8.0}}
+    with pytest.raises(lf.ConfigError, match="alhpa"):
+        settled(method="dora", inner={"alhpa": 8})
+    with pytest.raises(lf.ConfigError, match="--method dora"):
+        settled(use_dora=True)
+
+
 def test_later_layers_win() -> None:
     assert resolve([("file", {**NEEDED, "max_steps": 3}), ("line", {"max_train_steps": 9})]).max_steps == 9
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorafit.experiments.ranking import Ranking
     from lorafit.experiments.runner import Runner
     from lorafit.experiments.spending import Plan
-    from lorafit.training.config import Layer
+    from lorafit.training.spelling import Layer
 
 REPORT = "comparison.html"
 METRICS = ("loss", "accuracy")

@@ -15,7 +15,8 @@ from lorafit.cli import options
 
 if TYPE_CHECKING:
     from lorafit.cli.screen import Screen
-    from lorafit.diffusion.settings import Layer, Settings
+    from lorafit.diffusion.settings import Settings
+    from lorafit.training.spelling import Layer
 
 EPILOG = (
     "Every setting of a run is an option by its own name (--sample-steps 20, --save-every 50, --crop random), and so "
@@ -118,17 +119,9 @@ def dreambooth(
         typer.Option("--flip/--no-flip", help="Show each picture mirrored, too.", rich_help_panel=PICTURES),
     ] = None,
     method: options.MethodName = None,
-    r: Annotated[
-        int | None, typer.Option("--r", help="Rank. Default: the method's, 16.", rich_help_panel=options.METHOD)
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option("--alpha", help="The update is scaled by alpha / r. Default: 2r.", rich_help_panel=options.METHOD),
-    ] = None,
-    dropout: Annotated[
-        float | None,
-        typer.Option("--dropout", help="On the adapter's input, in training.", rich_help_panel=options.METHOD),
-    ] = None,
+    r: options.R = None,
+    alpha: options.Alpha = None,
+    dropout: options.Dropout = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(

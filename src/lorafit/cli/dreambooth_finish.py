@@ -51,20 +51,11 @@ def finish(settings: Settings, command: str, screen: Screen) -> None:
         screen.say(f"samples: {outcome.sheets[-1]}", whole=True)
     screen.say(f"adapter: {outcome.adapter}", whole=True)
     screen.say(f"try it:  lorafit draw --adapter {outcome.folder.path} --scale {SCALES}", whole=True)
-    for line in told(outcome):
+    for line in [] if outcome.verdict is None else outcome.verdict.lines():
         screen.say(line)
     screen.say(f"report:  {report or 'not written'}", whole=True)
     screen.say(verdict(outcome), whole=True)
     screen.result(_as_json(outcome, report))
-
-
-def told(outcome: Outcome) -> list[str]:
-    """The verdict on the run, what to do about it, and which adapter was kept."""
-    found = outcome.verdict
-    if found is None:
-        return []
-    kept = [] if found.kept is None else [f"kept: the adapter of step {found.kept:,}, which has the lowest loss"]
-    return [found.sentence, *(f"hint: {each}" for each in found.hints), *kept]
 
 
 def verdict(outcome: Outcome) -> str:

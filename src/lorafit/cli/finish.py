@@ -67,21 +67,13 @@ def finish(settings: Settings, command: str, screen: Screen, *, last: Last) -> N
     classifies = summary.after is not None and summary.after.labelled
     screen.say(f"adapter: {outcome.adapter}", whole=True)
     screen.say(f"try it:  lorafit {'eval' if classifies else 'chat'} {outcome.adapter}", whole=True)
-    for line in [*told(outcome), *outcome.findings.lines()]:
+    judged = [] if outcome.verdict is None else outcome.verdict.lines()
+    for line in [*judged, *outcome.findings.lines()]:
         screen.say(line)
     lines = [f"report:  {report}" if report else "report:  not written", verdict(outcome, classifies)]
     for line in lines if last == "verdict" else reversed(lines):
         screen.say(line, whole=True)
     screen.result(_as_json(outcome, report, summary))
-
-
-def told(outcome: Outcome) -> list[str]:
-    """The verdict on the run, what to do about it, and which adapter was kept."""
-    found = outcome.verdict
-    if found is None:
-        return []
-    kept = [] if found.kept is None else [f"kept: the adapter of step {found.kept:,}, which has the lowest loss"]
-    return [found.sentence, *(f"hint: {each}" for each in found.hints), *kept]
 
 
 def verdict(outcome: Outcome, classifies: bool) -> str:

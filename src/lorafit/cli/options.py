@@ -158,6 +158,14 @@ MaxLength = Annotated[
 MethodName = Annotated[
     str | None, typer.Option("--method", help="One of `lorafit methods`. Default: lora.", rich_help_panel=METHOD)
 ]
+R = Annotated[int | None, typer.Option("--r", help="Rank. Default: the method's, 16.", rich_help_panel=METHOD)]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", help="The update is scaled by alpha / r. Default: 2r.", rich_help_panel=METHOD),
+]
+Dropout = Annotated[
+    float | None, typer.Option("--dropout", help="On the adapter's input, in training.", rich_help_panel=METHOD)
+]
 BatchSize = Annotated[
     int | None,
     typer.Option("--per-device-train-batch-size", help="Records in a batch. Default: 8.", rich_help_panel=TRAINING),

@@ -11,7 +11,8 @@ from lorafit.cli.values import canonical, loose, mapping, pattern, scalar, value
 from lorafit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorafit.training.config import Layer, Settings
+    from lorafit.training.config import Settings
+    from lorafit.training.spelling import Layer
 
 LINE = "the command line"
 

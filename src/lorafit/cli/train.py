@@ -40,17 +40,9 @@ def train(
     task: options.Task = None,
     max_length: options.MaxLength = None,
     method: options.MethodName = None,
-    r: Annotated[
-        int | None, typer.Option("--r", help="Rank. Default: the method's, 16.", rich_help_panel=options.METHOD)
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option("--alpha", help="The update is scaled by alpha / r. Default: 2r.", rich_help_panel=options.METHOD),
-    ] = None,
-    dropout: Annotated[
-        float | None,
-        typer.Option("--dropout", help="On the adapter's input, in training.", rich_help_panel=options.METHOD),
-    ] = None,
+    r: options.R = None,
+    alpha: options.Alpha = None,
+    dropout: options.Dropout = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from lorafit.training.callbacks import steps_bar
 
 
 @final
@@ -24,16 +26,7 @@ class Bar:
         self._progress: Progress | None = None
         self._task: Any = None
         if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._progress = steps_bar(console, "training")
             self._progress.start()
             self._task = self._progress.add_task("training", total=total, completed=done, figures="")
 

@@ -62,7 +62,6 @@ class Outcome:
     @classmethod
     def read(cls, done: Mapping[str, Any], folder: RunFolder) -> Outcome:
         """That of a run which was finished before."""
-        told = done.get("verdict")
         return cls(
             status="already done",
             folder=folder,
@@ -77,5 +76,5 @@ class Outcome:
             seconds=done.get("seconds", 0.0),
             peak_rss_bytes=done.get("peak_rss_bytes"),
             sheets=folder.sheets(),
-            verdict=None if told is None else Told(**{**told, "hints": tuple(told["hints"])}),
+            verdict=Told.read(done.get("verdict")),
         )

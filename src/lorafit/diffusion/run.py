@@ -19,7 +19,7 @@ from rich.console import Console
 from lorafit.diffusion.bar import Bar
 from lorafit.diffusion.choosing import Chooser, without_drop
 from lorafit.diffusion.family import Family
-from lorafit.diffusion.folder import RunFolder, open_folder, restored, step_of, without
+from lorafit.diffusion.folder import RunFolder, open_folder, restored
 from lorafit.diffusion.heldout import LOOKED_AT, Held
 from lorafit.diffusion.library import library
 from lorafit.diffusion.outcome import Outcome
@@ -40,6 +40,7 @@ from lorafit.methods import build
 from lorafit.training.callbacks import Interrupt, schedule_facts, terminated
 from lorafit.training.meter import peak_bytes
 from lorafit.training.outcome import Told
+from lorafit.training.owned import step_of, without
 from lorafit.training.record import Recorder, environment
 from lorafit.training.spans import duration
 

@@ -7,26 +7,24 @@ into the schema's own and the method's fields, and refuses every other. Importin
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lorafit.errors import ConfigError, nearest
-from lorafit.training.aliases import ALIASES as NEIGHBOURS
-
-Layer = tuple[str, Mapping[str, Any]]
-"""Where settings come from, for errors ("run.yaml", "the command line"), and the settings."""
+from lorafit.errors import ConfigError
+from lorafit.training.aliases import ALIASES as TRAINING_ALIASES
+from lorafit.training.aliases import NEIGHBOURS
+from lorafit.training.spelling import Advice, Layer, Merged, Spelling, schema_error
 
 METHOD_ALIASES = frozenset({"alpha", "dropout", "init", "r", "ratio", "rslora", "targets", "exclude"})
 """Names that `lorafit train` has other spellings for, and that mean the same here."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
-        **{key: value for key, value in NEIGHBOURS.items() if value in METHOD_ALIASES},
+        **{key: value for key, value in TRAINING_ALIASES.items() if value in METHOD_ALIASES},
         "base_model": "pipeline",
         "class_data_dir": "class_images",
         "center_crop": "crop",
@@ -66,6 +64,18 @@ VALUES: Mapping[tuple[str, object], object] = MappingProxyType(
     }
 )
 """A neighbour's spelling and value → the value here."""
+
+METHOD_ADVICE: Advice = MappingProxyType(
+    {key: value for key, value in NEIGHBOURS.items() if key not in ("load_in_8bit", "quantization_bit")}
+)
+"""What is something else here; the weights of a pipeline are not quantised."""
+
+SPELLING = Spelling(ALIASES, VALUES, METHOD_ADVICE)
+"""How other tools spell what is a setting here."""
+
+
+def _several(prompts: Any) -> Any:
+    return [prompts] if isinstance(prompts, str) else prompts
 
 
 class Settings(BaseModel):
@@ -145,7 +155,7 @@ class Settings(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     min_snr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    sample_prompts: list[str] = Field(default_factory=list)
+    sample_prompts: Annotated[list[str], BeforeValidator(_several)] = Field(default_factory=list)
     sample_every: int = Field(default=100, ge=0)
     sample_count: int = Field(default=4, ge=0)
     sample_steps: int = Field(default=25, ge=1)
@@ -198,9 +208,7 @@ def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: N
     """
     from lorafit.methods import build, method_class
 
-    merged: dict[str, tuple[Any, str]] = {}
-    for origin, values in layers:
-        merged.update(_renamed(origin, values, notify))
+    merged = SPELLING.merged(layers, notify)
     name, origin = merged.get("method", ("lora", "the default"))
     canonical = method_class(name, f"{origin}: method").name
     merged["method"] = (canonical, origin)
@@ -208,36 +216,13 @@ def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: N
     try:
         settings = Settings(**own, method_options=options)
     except ValidationError as error:
-        raise _schema_error(error, merged) from None
+        raise schema_error(error, merged) from None
     build(canonical, options)
     _check(settings)
     return settings
 
 
-def _renamed(origin: str, values: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, tuple[Any, str]]:
-    seen: dict[str, str] = {}
-    renamed: dict[str, tuple[Any, str]] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        canonical = ALIASES.get(name, name)
-        if canonical in seen:
-            raise ConfigError(
-                "one setting is given under two names",
-                where=origin,
-                found=f"{seen[canonical]} and {key}",
-                expected=f"{canonical}, once",
-                fix=f"remove {key}",
-            )
-        seen[canonical] = str(key)
-        if canonical != name:
-            notify(f"{key} is called {canonical} here")
-        meant = VALUES.get((name, value), value) if isinstance(value, bool | str) else value
-        single = canonical == "sample_prompts" and isinstance(meant, str)
-        renamed[canonical] = ([meant] if single else meant, origin)
-    return renamed
-
-
-def _sorted(merged: Mapping[str, tuple[Any, str]], method: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sorted(merged: Merged, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from lorafit.methods import INNER, accepts
 
     known = set(own_fields())
@@ -248,65 +233,11 @@ def _sorted(merged: Mapping[str, tuple[Any, str]], method: str) -> tuple[dict[st
         if name in known:
             own[name] = value
         elif name in types:
-            options[name] = value if name == INNER else _typed(name, value, types[name], origin)
+            options[name] = SPELLING.option(method, name, value, types[name], origin)
         else:
-            names = {*known, *types}
-            near = nearest(name, [*names, *ALIASES])
-            raise ConfigError(
-                "unknown setting",
-                where=f"{origin}: {name}",
-                found=repr(name),
-                expected=f"a setting of lorafit dreambooth or of {method}",
-                near=near,
-                fix=f"write {near[0]!r}" if near else f"remove {name!r}",
-            )
+            expected = f"a setting of lorafit dreambooth or of {method}"
+            raise SPELLING.unknown(name, origin, method, {*known, *types}, expected)
     return own, options
-
-
-def _typed(name: str, value: Any, kind: Any, origin: str) -> Any:
-    if isinstance(value, str) and {int, float} <= set(typing.get_args(kind)):
-        value = _number(value)
-    try:
-        return TypeAdapter[Any](kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(
-            "a setting has a value of the wrong type",
-            where=f"{origin}: {name}",
-            found=repr(value),
-            expected=error.errors()[0]["msg"],
-            fix=f"mend {name}",
-        ) from None
-
-
-def _number(text: str) -> int | float | str:
-    """The number that a text is: "1.0" is a fraction and "1" is none."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _schema_error(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> ConfigError:
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    if first["type"] == "missing":
-        return ConfigError(
-            f"{name} is missing",
-            where="the settings",
-            expected="pipeline, instance_images and instance_prompt at least",
-            fix=f"--{name.replace('_', '-')} ...",
-        )
-    origin = merged[name][1] if name in merged else "the settings"
-    same = [one for one in error.errors() if one["loc"][0] == name]
-    return ConfigError(
-        "a setting has a value it cannot have",
-        where=f"{origin}: {name}",
-        found=repr(merged[name][0] if name in merged else first["input"]),
-        expected="; or: ".join(dict.fromkeys(one["msg"] for one in same)),
-        fix=f"mend {name}",
-    )
 
 
 def _check(settings: Settings) -> None:

@@ -10,7 +10,8 @@ from lorafit.errors import ConfigError, nearest
 from lorafit.experiments.parts import Parts
 from lorafit.experiments.trial import Kind, Notify
 from lorafit.training.aliases import ALIASES
-from lorafit.training.config import Layer, Settings, resolve
+from lorafit.training.config import Settings, resolve
+from lorafit.training.spelling import Layer
 from lorafit.training.tasks import NUMBERS
 
 REFERENCES = ("base", "full", "probe")
@@ -232,16 +233,21 @@ def _check(candidate: Candidate) -> None:
         )
 
 
+def no_head() -> ConfigError:
+    """The error for a model of which no head can be trained alone."""
+    return ConfigError(
+        "a language model has no head that could be trained alone",
+        where="--reference",
+        found="probe",
+        expected="records with labels: a classifier or a regression",
+        fix="--reference base,full",
+    )
+
+
 def check_probe(made: Sequence[Candidate], *, labelled: bool) -> None:
     """Raises `ConfigError` where a head is to be trained alone and there is none: for records without labels."""
     if not labelled and any(one.kind is Kind.PROBE for one in made):
-        raise ConfigError(
-            "a language model has no head that could be trained alone",
-            where="--reference",
-            found="probe",
-            expected="records with labels: a classifier or a regression",
-            fix="--reference base,full",
-        )
+        raise no_head()
 
 
 def with_heads(made: Sequence[Candidate], say: Notify, *, labelled: bool) -> list[Candidate]:

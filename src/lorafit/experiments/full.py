@@ -27,10 +27,11 @@ from lorafit.experiments.trial import Notify
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.callbacks import Interrupt, Timing, terminated
 from lorafit.training.config import Settings
-from lorafit.training.folder import COMPLETE, open_folder
+from lorafit.training.folder import open_folder
 from lorafit.training.meter import Meter
 from lorafit.training.models import default_rate
 from lorafit.training.objectives import Objective, mean_loss
+from lorafit.training.owned import COMPLETE
 from lorafit.training.prepare import Task, prepare, training_arguments
 from lorafit.training.record import Recorder, environment, peak_rss_bytes
 from lorafit.training.trainer import DivergedError, planned_steps, records_per_step, settle_warmup

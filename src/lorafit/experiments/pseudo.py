@@ -43,8 +43,8 @@ from lorafit.experiments.trial import Notify, Result, Trial
 from lorafit.training.choices import closed_answers
 from lorafit.training.config import Settings
 from lorafit.training.examples import Conversation, Example, Labelled
-from lorafit.training.folder import ADAPTER
 from lorafit.training.forms import examples, label_name, recognise
+from lorafit.training.owned import ADAPTER
 from lorafit.training.sources import read_records
 
 FORMAT = 1

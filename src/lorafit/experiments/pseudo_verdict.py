@@ -9,7 +9,7 @@ from typing import Any, final
 
 from lorafit.experiments.bootstrap import Sample, draw, interval, probability
 from lorafit.experiments.trial import TRIALS
-from lorafit.training.folder import ADAPTER
+from lorafit.training.owned import ADAPTER
 
 RESAMPLES = 10_000
 LEVEL = 0.95

@@ -17,7 +17,7 @@ from lorafit.errors import LorafitError
 from lorafit.experiments.measuring import Model, adapted, bare, measure, probed, whole
 from lorafit.experiments.trial import Kind, Measured, Notify, Result, Trial, keep
 from lorafit.training.findings import finite
-from lorafit.training.folder import RECORDS
+from lorafit.training.owned import RECORDS
 from lorafit.training.record import peak_rss_bytes
 from lorafit.training.trainer import DivergedError
 

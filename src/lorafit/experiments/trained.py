@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafit import files
-from lorafit.errors import CheckpointError, ConfigError
+from lorafit.errors import CheckpointError
+from lorafit.experiments.candidates import no_head
 from lorafit.training.data import Data
 from lorafit.training.models import head_paths
 from lorafit.training.prepare import Task, headed
@@ -78,13 +79,7 @@ class Probe(Trained):
     def choose(self, model: Any) -> None:
         paths = head_paths(model)
         if model.get_output_embeddings() is not None or not paths:
-            raise ConfigError(
-                "a language model has no head that could be trained alone",
-                where="--reference",
-                found="probe",
-                expected="records with labels: a classifier or a regression",
-                fix="--reference base,full",
-            )
+            raise no_head()
         model.requires_grad_(False)
         for path in paths:
             model.get_submodule(path).requires_grad_(True)

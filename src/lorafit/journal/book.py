@@ -19,9 +19,10 @@ from lorafit.errors import ConfigError, TrainingError
 from lorafit.handle import Handle
 from lorafit.journal.measuring import Measured, check_finite
 from lorafit.journal.pace import Pace
-from lorafit.journal.place import ADAPTER, CHECKPOINT, Place, Say
+from lorafit.journal.place import CHECKPOINT, Place, Say
 from lorafit.journal.telling import Ended
 from lorafit.training import ranks
+from lorafit.training.owned import ADAPTER
 from lorafit.training.record import Recorder, Unheard, environment, peak_rss_bytes
 from lorafit.training.verdict import Evaluation, Verdict
 

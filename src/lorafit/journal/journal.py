@@ -21,11 +21,12 @@ from lorafit.journal.book import Book, Plan
 from lorafit.journal.condition import Kept, moved, set_random_state, statistics
 from lorafit.journal.keeping import Keeping
 from lorafit.journal.measuring import Measure, Numbers, computed, given
-from lorafit.journal.place import CHECKPOINT, REPORT, Place, Say
+from lorafit.journal.place import CHECKPOINT, Place, Say
 from lorafit.journal.telling import WAYS, Ended
 from lorafit.methods import validate
 from lorafit.sharded import in_parts
 from lorafit.training import ranks
+from lorafit.training.owned import REPORT
 from lorafit.training.verdict import Evaluation, Kind, judge
 
 

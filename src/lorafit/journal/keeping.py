@@ -12,9 +12,10 @@ from lorafit.errors import CheckpointError, some
 from lorafit.handle import Handle
 from lorafit.journal import condition
 from lorafit.journal.condition import Kept, put_statistics, read, restore, state_of, statistics
-from lorafit.journal.place import ADAPTER, BEST, CHECKPOINT, FINISHED, Place, Say, Whole, complete
+from lorafit.journal.place import BEST, CHECKPOINT, FINISHED, Place, Say, Whole, complete
 from lorafit.state import load_state, save_state
 from lorafit.training import ranks
+from lorafit.training.owned import ADAPTER
 
 CONDITION = "condition.pt"
 STATISTICS = "statistics.pt"

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 from lorafit import files
 from lorafit.errors import CheckpointError, ConfigError, some
+from lorafit.training.owned import COMPLETE, RECORDS, RESULT, differing, lines, read
 
 BEGUN = "journal.json"
-RECORDS = "records.jsonl"
-REPORT = "report.html"
-ADAPTER = "adapter"
-RESULT = "result.json"
 FINISHED = "finished"
-COMPLETE = "complete.json"
 CHECKPOINT = "checkpoint"
 BEST = "best"
 KEPT = 2
@@ -68,12 +64,8 @@ class Place:
         wanted = json.loads(json.dumps(mine, default=str))
         begun = self.path / BEGUN
         if begun.is_file():
-            theirs = _read(begun, f"restore the file, choose another folder, or remove {self.path}")
-            different = [
-                f"{key} was {theirs.get(key)!r} and is {wanted.get(key)!r}"
-                for key in sorted({*theirs, *wanted})
-                if theirs.get(key) != wanted.get(key)
-            ]
+            theirs = read(begun, (), f"restore the file, choose another folder, or remove {self.path}")
+            different = differing(theirs, wanted)
             if different and not self._left_nothing():
                 raise ConfigError(
                     "this is the folder of another loop",
@@ -99,7 +91,7 @@ class Place:
     def result(self) -> dict[str, Any] | None:
         """What the finished loop came to, or None while it is not finished."""
         path = self.path / RESULT
-        return _read(path, f"restore the file, or remove {self.path}") if path.is_file() else None
+        return read(path, (), f"restore the file, or remove {self.path}") if path.is_file() else None
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Marks the loop as finished, and takes away what only going on needs."""
@@ -119,7 +111,7 @@ class Place:
         before one that began anew.
         """
         found: dict[str, list[dict[str, Any]]] = {event: [] for event in events}
-        for record in self._lines():
+        for record in lines(self.records):
             event = record.get("event")
             if event == "run":
                 since = record.get("resumed_from_step") or 0
@@ -127,17 +119,6 @@ class Place:
             elif event in found and isinstance(record.get("step"), int):
                 found[event].append(record)
         return {name: [one for one in rows if one["step"] <= until] for name, rows in found.items()}
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        if not self.records.is_file():
-            return
-        for line in self.records.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that a kill cut off
-            if isinstance(record, dict):
-                yield record
 
     def fresh(self, kind: str, step: int) -> Path:
         """A new empty folder of a step, which does not count before `complete`."""
@@ -160,7 +141,7 @@ class Place:
         for folder in self.path.glob(f"{kind}-*"):
             step = folder.name.rpartition("-")[2]
             if step.isdigit() and (folder / COMPLETE).is_file():
-                facts = _read(folder / COMPLETE, f"remove {folder}: the same program then goes on from before it")
+                facts = read(folder / COMPLETE, (), f"remove {folder}: the same program then goes on from before it")
                 found.append(Whole(folder, int(step), facts))
         return sorted(found, key=lambda one: one.step)
 
@@ -195,17 +176,3 @@ def discard(folder: Path) -> None:
 def _counts(child: Path) -> bool:
     """Whether a file in a folder is more than what a kill left of one that was being written."""
     return not (child.name.startswith(".") and child.name.endswith(".tmp"))
-
-
-def _read(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} is damaged", where=path, found=error, expected="the JSON that this loop wrote", fix=fix
-        ) from None
-    if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{path.name} is damaged", where=path, found=type(found).__name__, expected="a JSON object", fix=fix
-        )
-    return found

@@ -197,6 +197,20 @@ class Interrupt(TrainerCallback):
         self._before.clear()
 
 
+def steps_bar(console: Console, name: str) -> Progress:
+    """A bar of steps, with the time that is left; its task has a field `figures`."""
+    return Progress(
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 @final
 class Bar(TrainerCallback):
     """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal.
@@ -217,16 +231,7 @@ class Bar(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not self._console.is_terminal:
             return
-        self._progress = Progress(
-            TextColumn(self._name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+        self._progress = steps_bar(self._console, self._name)
         self._progress.start()
         self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step, figures="")
 

@@ -7,26 +7,22 @@ into the schema's own, the method's fields and arguments of `transformers.Traini
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafit.errors import ConfigError, nearest
+from lorafit.errors import ConfigError
 from lorafit.training.aliases import ALIASES, NEIGHBOURS, VALUES
+from lorafit.training.spelling import Layer, Merged, Spelling, coerced, either, schema_error
 
 Task = Literal["auto", "causal-lm", "sequence-classification", "regression"]
 Pooled = Literal["auto", "own", "mean", "cls"]
-Layer = tuple[str, Mapping[str, Any]]
-"""Where settings come from, for errors ("run.yaml", "--set"), and the settings."""
 
-SPELT = 4
-"""Letters of a name that can be a slip of the pen; of shorter ones everything is near (lr, r)."""
-SLIP = 0.8
-"""Similarity from which on one name is written for another."""
+SPELLING = Spelling(ALIASES, VALUES, NEIGHBOURS)
+"""How other tools spell what is a setting here."""
 
 RESERVED: Mapping[str, str] = {
     "data_seed": "seed is also that of the data",
@@ -186,9 +182,7 @@ def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: N
     """
     from lorafit.methods import build, method_class
 
-    merged: dict[str, tuple[Any, str]] = {}
-    for origin, values in layers:
-        merged.update(_renamed(origin, values, notify))
+    merged = SPELLING.merged(layers, notify)
     name, origin = merged.get("method", ("lora", "the default"))
     canonical = method_class(name, f"{origin}: method").name
     merged["method"] = (canonical, origin)
@@ -196,41 +190,12 @@ def resolve(layers: Iterable[Layer], notify: Callable[[str], None] = lambda _: N
     try:
         settings = Settings(**own, method_options=options, training={**DEFAULT_TRAINING, **training})
     except ValidationError as error:
-        raise _schema_error(error, merged) from None
+        raise schema_error(error, merged) from None
     build(canonical, options)
     return settings
 
 
-def _renamed(origin: str, values: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, tuple[Any, str]]:
-    from lorafit.methods import INNER
-
-    seen: dict[str, str] = {}
-    renamed: dict[str, tuple[Any, str]] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        canonical = ALIASES.get(name, name)
-        if canonical in seen:
-            raise ConfigError(
-                "one setting is given under two names",
-                where=origin,
-                found=f"{seen[canonical]} and {key}",
-                expected=f"{canonical}, once",
-                fix=f"remove {key}",
-            )
-        seen[canonical] = str(key)
-        if canonical != name:
-            notify(f"{key} is called {canonical} here")
-        value = VALUES.get((name, value), value) if isinstance(value, bool | str) else value
-        if canonical == INNER and isinstance(value, Mapping):
-            within = _renamed(f"{origin}: {INNER}", value, notify)
-            value = {name: part for name, (part, _) in within.items()}
-        renamed[canonical] = (value, origin)
-    return renamed
-
-
-def _sorted(
-    merged: Mapping[str, tuple[Any, str]], method: str
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _sorted(merged: Merged, method: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     from transformers import TrainingArguments
 
     from lorafit.methods import INNER, accepts
@@ -244,12 +209,9 @@ def _sorted(
     for name, (value, origin) in merged.items():
         if name in own_names:
             kind = Settings.model_fields[name].annotation
-            own[name] = _coerced(name, value, kind, origin) if _either(kind) else value
+            own[name] = coerced(name, value, kind, origin) if either(kind) else value
         elif name in method_types:
-            inside = name == INNER
-            options[name] = (
-                _within(method, value, origin) if inside else _coerced(name, value, method_types[name], origin)
-            )
+            options[name] = SPELLING.option(method, name, value, method_types[name], origin)
         elif name in RESERVED:
             raise ConfigError(
                 f"{name} is not yours to set here",
@@ -259,112 +221,14 @@ def _sorted(
                 fix=f"remove {name}",
             )
         elif name in training_types:
-            training[name] = _coerced(name, value, training_types[name], origin)
+            training[name] = coerced(name, value, training_types[name], origin)
         else:
             known = {*own_names, *method_types, *training_types} - set(RESERVED)
             expected = f"a setting of lorafit, of {method} or of transformers.TrainingArguments"
-            raise _unknown(name, origin, method, known, expected)
+            raise SPELLING.unknown(name, origin, method, known, expected)
     return own, options, training
-
-
-def _within(outer: str, given: Any, origin: str) -> Any:
-    """The settings of the method inside of `outer`, with the types that it wants."""
-    from lorafit.methods import INNER, accepts, inner_class, method_class
-
-    within = inner_class(method_class(outer), given)
-    if not isinstance(given, Mapping) or within is None:
-        return given
-    types = accepts(within.name, given.get(INNER))
-    origin = f"{origin}: {INNER}"
-    made: dict[str, Any] = {"method": within.name}
-    for name, value in given.items():
-        if name == INNER and name in types:
-            made[name] = _within(within.name, value, origin)
-        elif name in types:
-            made[name] = _coerced(name, value, types[name], origin)
-        elif name != "method":
-            raise _unknown(name, origin, within.name, types, f"a setting of {within.name}: {', '.join(types)}")
-    return made
-
-
-def _unknown(name: str, origin: str, method: str, known: Iterable[str], expected: str) -> ConfigError:
-    """The error for a setting that is none of `known`, with what to do instead: never what is unknown as well."""
-    from lorafit.methods import METHODS, fields_of
-
-    names = set(known)
-    advice = next((text for field, text in NEIGHBOURS.get(name, ()) if field is None or field in names), None)
-    owners = [other for other, kind in METHODS.items() if name in fields_of(kind)]
-    near: tuple[str, ...] = ()
-    if advice is None and owners:
-        expected = f"a setting of {method}; {name} is one of {', '.join(owners)}"
-    elif advice is None and name not in NEIGHBOURS and len(name) >= SPELT:
-        spellings = names | {alias for alias, canonical in ALIASES.items() if canonical in names}
-        near = nearest(name, spellings)
-        if name.startswith("use_"):  # the switch of another algorithm looks like this one's, and is not it
-            near = tuple(one for one in near if _slip(name, one))
-    return ConfigError(
-        "unknown setting",
-        where=f"{origin}: {name}",
-        found=repr(name),
-        expected=expected,
-        near=near,
-        fix=advice or (f"write {near[0]!r}" if near and _slip(name, near[0]) else f"remove {name!r}"),
-    )
-
-
-def _slip(name: str, meant: str) -> bool:
-    """Whether a name is so near to another that no more than a letter or two went wrong."""
-    return difflib.SequenceMatcher(None, name, meant).ratio() >= SLIP
 
 
 def _types(kind: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
-
-
-def _either(kind: Any) -> bool:
-    """Whether whole numbers and fractions mean different things to a setting (steps, or a share)."""
-    return {int, float} <= set(typing.get_args(kind))
-
-
-def _number(text: str) -> int | float | str:
-    """The number that a text is, as YAML reads it: "1.0" is a fraction and "1" is none."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _coerced(name: str, value: Any, kind: Any, origin: str) -> Any:
-    either = _either(kind)
-    if either and isinstance(value, str):
-        value = _number(value)
-    try:
-        adapter = TypeAdapter[Any](kind, config=ConfigDict(arbitrary_types_allowed=True))
-        return adapter.validate_python(value, strict=either)
-    except ValidationError as error:
-        raise ConfigError(
-            "a setting has a value of the wrong type",
-            where=f"{origin}: {name}",
-            found=repr(value),
-            expected="a whole number, or a fraction" if either else error.errors()[0]["msg"],
-            fix=f"mend {name}",
-        ) from None
-
-
-def _schema_error(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> ConfigError:
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    # A setting of several types has an error for each: all of them together say what it may be.
-    same = [one for one in error.errors() if one["loc"][0] == name and one["input"] == first["input"]]
-    place = first["loc"] if len(same) == 1 else first["loc"][:1]
-    origin = merged[name][1] if name in merged else "the settings"
-    return ConfigError(
-        "a setting has a value it cannot have",
-        where=f"{origin}: {'.'.join(map(str, place))}",
-        found=repr(first["input"]),
-        expected="; or: ".join(one["msg"] for one in same),
-        fix=f"mend {name}",
-    )

@@ -22,6 +22,9 @@ from lorafit.training.split import groups_of, repeated, split_examples, without_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lorafit.training.classify import LabelEncodings
+    from lorafit.training.numbers import ValueEncodings
+
 Sift = Callable[[Source, Form], Source]
 """Leaves out records before they are understood: what `lorafit check` does, which notes them."""
 
@@ -160,6 +163,23 @@ class Report:
         if wheres:
             records = "record" if len(wheres) == 1 else "records"
             self.sentences.append(f"{len(wheres):,} {records} {sentence} ({some(wheres, 3)})")
+
+    def encoded(
+        self, train: LabelEncodings | ValueEncodings, held: LabelEncodings | ValueEncodings, max_length: int
+    ) -> None:
+        """Notes what became of texts of which each has one label; what was cut is said."""
+        self.places("truncated", train.truncated + held.truncated, f"cut to max_length={max_length} on the right")
+        self.places("dropped", (), "dropped")
+        self.info.update(
+            train_records=len(train.items),
+            eval_records=len(held.items),
+            train_tokens=sum(map(len, train.items)),
+            train_supervised_tokens=len(train.items),
+            eval_supervised_tokens=len(held.items),
+            longest=max(map(len, [*train.items, *held.items])),
+            longest_uncut=max(train.longest, held.longest),
+            max_length=max_length,
+        )
 
 
 def load_examples(settings: DataSettings, sift: Sift | None = None) -> Examples:
@@ -339,20 +359,8 @@ def load_labelled_data(
         counts[one.label] += 1
     said = ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts, strict=True))
     report.sentences.append(f"{len(names)} classes, with their training records: {said}")
-    report.places("truncated", train.truncated + held.truncated, f"cut to max_length={max_length} on the right")
-    report.places("dropped", (), "dropped")
-    report.info.update(
-        labels=list(names),
-        label_counts=counts,
-        train_records=len(train.items),
-        eval_records=len(held.items),
-        train_tokens=sum(map(len, train.items)),
-        train_supervised_tokens=len(train.items),
-        eval_supervised_tokens=len(held.items),
-        longest=max(map(len, train.items + held.items)),
-        longest_uncut=max(train.longest, held.longest),
-        max_length=max_length,
-    )
+    report.info.update(labels=list(names), label_counts=counts)
+    report.encoded(train, held, max_length)
     return LabelledData(train.items, held.items, names, tuple(report.sentences), report.info, loaded.slicing)
 
 

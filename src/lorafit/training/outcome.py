@@ -37,6 +37,16 @@ class Told:
     hints: tuple[str, ...]
     kept: int | None
 
+    @classmethod
+    def read(cls, told: Mapping[str, Any] | None) -> Told | None:
+        """That of a result, if it has one."""
+        return None if told is None else cls(**{**told, "hints": tuple(told["hints"])})
+
+    def lines(self) -> list[str]:
+        """The verdict, what to do about it, and which adapter was kept."""
+        kept = [] if self.kept is None else [f"kept: the adapter of step {self.kept:,}, which has the lowest loss"]
+        return [self.sentence, *(f"hint: {each}" for each in self.hints), *kept]
+
 
 AGREEMENT = ("mean_absolute_error", "pearson", "spearman")
 """What is told of a regression beside its loss, in records of evaluations; with their ends, `_low` and `_high`."""
@@ -99,7 +109,6 @@ class Outcome:
     @classmethod
     def read(cls, done: Mapping[str, Any], folder: RunFolder) -> Outcome:
         """That of a run which was finished before."""
-        told = done.get("verdict")
         return cls(
             status="already done",
             folder=folder,
@@ -112,7 +121,7 @@ class Outcome:
             seconds=done["seconds"],
             peak_rss_bytes=done["peak_rss_bytes"],
             shown=tuple(Shown(**one) for one in done["shown"]),
-            verdict=None if told is None else Told(**{**told, "hints": tuple(told["hints"])}),
+            verdict=Told.read(done.get("verdict")),
             findings=Findings.read(done.get("findings", {})),
             unit=done.get("unit", ""),
         )

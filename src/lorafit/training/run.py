@@ -28,12 +28,13 @@ from lorafit.training.callbacks import Announcing, Bar, Interrupt, Recording, Ti
 from lorafit.training.config import Settings
 from lorafit.training.data import Data
 from lorafit.training.dropping import Trial, settle
-from lorafit.training.folder import SETTINGS, open_folder
+from lorafit.training.folder import open_folder
 from lorafit.training.judging import Judging
 from lorafit.training.measuring import Watch
 from lorafit.training.meter import peak_bytes
 from lorafit.training.models import default_rate
 from lorafit.training.outcome import Outcome, Shown, Told, agreed
+from lorafit.training.owned import SETTINGS
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.prefix_run import shorten
 from lorafit.training.prepare import Task, headed, prepare, training_arguments

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import shutil
 import time
 import warnings
@@ -28,9 +27,9 @@ from lorafit.sharded import in_parts, share_state, whole_state
 from lorafit.state import load_state, save_state
 from lorafit.training import ranks
 from lorafit.training.batches import LengthBucketSampler, SharedBatches
-from lorafit.training.folder import COMPLETE, without
 from lorafit.training.meter import Meter
 from lorafit.training.objectives import COLUMNS, COUNTS, LOSSES, Objective, Tally, mean_loss
+from lorafit.training.owned import COMPLETE, DAMAGE, without
 from lorafit.training.prefix import Computed, Prefix
 from lorafit.training.recompute import FrozenInputs
 from lorafit.training.recompute_cheap import Keeping, KeepsAll
@@ -104,17 +103,7 @@ def _reading(checkpoint: str | Path, names: str) -> Iterator[None]:
         ) from error
     except LorafitError:
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             "the checkpoint is damaged",
             where=f"{folder}: {names}",

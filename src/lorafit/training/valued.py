@@ -73,22 +73,13 @@ def load_value_data(
         told += f", spread {scale.spread:.3g}; the loss is the mean squared error as a share of that spread's square: "
         told += "1 is what their mean comes to"
     report.sentences.append(told)
-    report.places("truncated", train.truncated + held.truncated, f"cut to max_length={max_length} on the right")
-    report.places("dropped", (), "dropped")
     report.info.update(
         label_least=min(values),
         label_most=max(values),
         label_mean=mean,
         label_spread=scale.spread,
-        train_records=len(train.items),
-        eval_records=len(held.items),
-        train_tokens=sum(map(len, train.items)),
-        train_supervised_tokens=len(train.items),
-        eval_supervised_tokens=len(held.items),
-        longest=max(map(len, train.items + held.items)),
-        longest_uncut=max(train.longest, held.longest),
-        max_length=max_length,
     )
+    report.encoded(train, held, max_length)
     return ValueData(train.items, held.items, scale, tuple(report.sentences), report.info, loaded.slicing)
 
 
