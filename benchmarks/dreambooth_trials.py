@@ -14,11 +14,10 @@ from typing import Any
 
 from benchmarks.child import ChildError, environment
 from benchmarks.machine import ROOT
+from benchmarks.rates import next_rate
 from benchmarks.stored import ResultsError, say
 from lorafit import files
 
-FACTOR = math.sqrt(10)
-"""Between a rate and the next one."""
 BATCH = 5
 CLASS_PICTURES = 64
 DONE = "benchmark.json"
@@ -45,7 +44,7 @@ class Candidate:
     Attributes:
         name: its own.
         options: of `lorafit dreambooth`.
-        rate: in the middle of those that are tried.
+        rate: the first one that is tried.
         like: a candidate whose rate it takes instead of a search of its own.
         prior: whether pictures of the class are trained on, too.
     """
@@ -226,7 +225,11 @@ class Trials:
         The loss is of the pictures that are trained on, under noise that training never draws: no test picture has a
         part in the choice.
         """
-        return [{"rate": rate, "loss": self.loss(candidate, rate, seed)} for rate in around(candidate.rate, rates)]
+        tried: list[tuple[float, float | None]] = []
+        for _ in range(rates):
+            rate = next_rate(tried, candidate.rate)
+            tried.append((rate, self.loss(candidate, rate, seed)))
+        return [{"rate": rate, "loss": loss} for rate, loss in tried]
 
 
 def trained(records: Path) -> int:
@@ -244,15 +247,6 @@ def diverged(records: Path) -> bool:
     last = json.loads(lines[-1]) if lines else {}
     said = str(last.get("message", ""))
     return last.get("event") == "end" and said.startswith("TrainingError") and "not finite" in said
-
-
-def around(rate: float, count: int) -> list[float]:
-    """So many rates around one, √10 between each two, the lowest first.
-
-    >>> [f"{each:.2g}" for each in around(1e-3, 3)], [f"{each:.2g}" for each in around(1e-3, 2)]
-    (['0.00032', '0.001', '0.0032'], ['0.00032', '0.001'])
-    """
-    return [rate * FACTOR ** (place - count // 2) for place in range(count)]
 
 
 def together(figures: Mapping[str, Any]) -> float | None:

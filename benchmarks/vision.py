@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import child, machine, stored, vision_encoders, vision_packages
 from benchmarks.keeping import short
+from benchmarks.rates import next_rate
 from benchmarks.stored import ResultsError, say
 from benchmarks.vision_candidates import CANDIDATES, DEFAULT, PROBE, Candidate
 from lorafit import files
@@ -26,8 +27,6 @@ HELP = "EfficientNet-Lite0 on pictures, MiniLM on sentences: methods, a probe, a
 FOLDER = stored.FOLDER / "vision"
 PICTURES = ("fashion-mnist", "emoji")
 SETS = (*PICTURES, *vision_encoders.SETS)
-FACTOR = math.sqrt(10)
-"""Between a rate and the next one that is tried beyond it."""
 DEFAULTS: Mapping[str, int] = {"rates": 3, "seeds": 3, "steps": 64, "batch": 32, "size": 64}
 """What the command's options are; 64 pixels and 64 steps make a run of about half a minute on two cores."""
 
@@ -123,37 +122,6 @@ def command(name: str, options: Namespace) -> str:
     if options.seed:
         given.append(f"--seed {options.seed}")
     return " ".join(["python -m benchmarks vision", name, *given])
-
-
-def next_rate(tried: Sequence[tuple[float, float | None]], first: float) -> float:
-    """The rate to try now: beyond the best one if nothing lies beyond it yet, else beside it towards its better side.
-
-    Args:
-        tried: (rate, validation loss; None for a run that failed), in the order in which they were tried.
-        first: the rate to begin with.
-
-    >>> next_rate([], 0.01), next_rate([(0.01, 2.0)], 0.01), next_rate([(0.01, None)], 0.01)
-    (0.01, 0.0316, 0.00316)
-    >>> next_rate([(0.01, 2.0), (0.0316, 1.0)], 0.01), next_rate([(0.01, 1.0), (0.0316, 2.0)], 0.01)
-    (0.0999, 0.00316)
-    """
-    if not tried:
-        return _rounded(first)
-    losses = {rate: math.inf if loss is None else loss for rate, loss in tried}
-    rates = sorted(losses)
-    best = rates.index(min(rates, key=losses.__getitem__))
-    if math.isinf(losses[rates[best]]):
-        return _rounded(rates[0] / FACTOR)
-    if best == len(rates) - 1:
-        return _rounded(rates[best] * FACTOR)
-    if best == 0:
-        return _rounded(rates[0] / FACTOR)
-    beside = min((rates[best - 1], rates[best + 1]), key=losses.__getitem__)
-    return _rounded(math.sqrt(rates[best] * beside))
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.2e}")
 
 
 @dataclass

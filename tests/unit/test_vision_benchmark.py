@@ -366,7 +366,7 @@ def test_classes_are_ranked_by_accuracy_and_numbers_by_loss(correct: bool) -> No
 # Modules -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vision", "vision_fits"])
+@pytest.mark.parametrize("name", ["rates", "vision_fits"])
 def test_doctests(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"benchmarks.{name}"))
     assert found.attempted and not found.failed
