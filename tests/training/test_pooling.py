@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from lorafit.errors import ConfigError
 from lorafit.training.models import Located, classifier_shape, head_paths, load_classifier, locate
@@ -70,6 +72,27 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pooling is damaged") as caught:
         pooling_of(str(folder), "auto")
     assert "modules.json" in str(caught.value) and "pooling=own" in str(caught.value)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known-to-have-none", "not-known"])
+def test_a_hub_model_whose_file_cannot_be_fetched_is_told(
+    plain: Path, tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of a machine that is offline by now."""
+    kept = tmp_path / "hub" / "models--me--encoder"
+    commit = "0123456789" * 4
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    shutil.copytree(plain, kept / "snapshots" / commit)
+    if known:
+        (kept / ".no_exist" / commit).mkdir(parents=True)
+        (kept / ".no_exist" / commit / "modules.json").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = pooling_of("me/encoder", "auto")
+    assert found.kind is None
+    assert found.said == "" if known else "modules.json cannot be fetched" in found.said and "mean" in found.said
+    assert pooling_of("me/encoder", "mean").kind == "mean"
 
 
 def test_the_mean_leaves_padding_out() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, cast, final
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MODEL_MAPPING, PreTrainedModel
@@ -86,8 +87,14 @@ def pooling_of(path: str, asked: str) -> Pooling:
         )
     if asked in WORDS:
         return Pooling(asked, f"the head reads {WORDS[asked]}, as pooling says")
-    modes = _trained_by(path)
-    if not modes or brings_head(config):
+    if brings_head(config):
+        return Pooling(None)
+    try:
+        modes = _trained_by(path)
+    except _UnreachedError as error:
+        said = f"{error} cannot be fetched, so it is not known how this model was trained to be read"
+        return Pooling(None, f"{said}: its own class reads it, unless pooling says mean or cls")
+    if not modes:
         return Pooling(None)
     known = modes[0] if len(modes) == 1 else " and ".join(modes)
     if asked == AUTO and known in WORDS:
@@ -120,6 +127,10 @@ def brings_head(config: Any) -> bool:
     return any("SequenceClassification" in name or name.startswith(PREFIX) for name in names)
 
 
+class _UnreachedError(Exception):
+    """A hub model may have a file, which is neither here nor to be had."""
+
+
 def _trained_by(path: str) -> list[str]:
     """The kinds of pooling that sentence-transformers' files beside a model name; none where there are no such."""
     listed = _read(path, MODULES)
@@ -137,7 +148,7 @@ def _trained_by(path: str) -> list[str]:
 
 
 def _read(path: str, name: str) -> Any:
-    """A JSON file of a model; None where it has none."""
+    """A JSON file of a model; None where it has none. Raises `_UnreachedError` where that cannot be told."""
     kept = cached_file(
         path,
         name,
@@ -146,6 +157,8 @@ def _read(path: str, name: str) -> Any:
         _raise_exceptions_for_gated_repo=False,
     )
     if kept is None:
+        if not Path(path).is_dir() and try_to_load_from_cache(path, name) is not _CACHED_NO_EXIST:
+            raise _UnreachedError(name)
         return None
     try:
         return json.loads(Path(kept).read_text(encoding="utf-8"))
