@@ -37,7 +37,7 @@ def words(llama: Path, sums: Path, folder: Path, extra: str) -> list[str]:
 def outcome(folder: Path) -> Any:
     """What of a comparison must not depend on kills: all but times and memory."""
     found = json.loads((folder / "comparison.json").read_text())
-    clocks = {"seconds", "total_seconds", "peak_rss_bytes"}
+    clocks = {"seconds", "total_seconds", "peak_rss_bytes", "peak_device_bytes"}
     for one in found["candidates"]:
         one["search"] = [{key: value for key, value in each.items() if key not in clocks} for each in one["search"]]
         one["seeds"] = [{key: value for key, value in each.items() if key not in clocks} for each in one["seeds"]]
@@ -214,6 +214,14 @@ def test_a_folder_of_something_else_is_left_as_it_is(llama, sums, tmp_path, caps
     assert capsys.readouterr().err.count("holds something else") == 2
     assert [path.name for path in folder.iterdir()] == ["settings.json"]
     assert (folder / "settings.json").read_text() == '{"method": "lora"}'
+
+
+def test_what_searches_is_missed_before_anything_is_read(llama, sums, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(words(llama, tmp_path / "none.jsonl", tmp_path / "run", "--methods lora")) == 1
+    told = capsys.readouterr().err
+    assert "needs the package optuna" in told and "lorafit[compare]" in told and "none.jsonl" not in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_few_rates_or_seeds_are_wrong_usage(llama, sums, tmp_path):

@@ -219,3 +219,14 @@ def test_many_pairs_get_enough_draws():
     ranking = rank(many, resamples=500)
     assert ranking.resamples > 10_000
     assert [place.tied for place in ranking.places] == [True] + 11 * [False]
+
+
+def test_memory_is_that_of_the_accelerator_where_one_was_used(usual):
+    assert rank(usual).memory == "peak_rss_bytes"
+    for each in usual:
+        for one in each["seeds"]:
+            one["peak_device_bytes"] = None if each["name"] == "base" else 5 * 2**30
+    ranking = rank(usual)
+    cost = {place.name: place.cost["memory"] for place in ranking.places}
+    assert ranking.memory == "peak_device_bytes" and ranking.to_json()["memory"] == "peak_device_bytes"
+    assert cost["lora"] == 5 * 2**30 and cost["base"] is None

@@ -19,7 +19,7 @@ import lorafit
 from lorafit.errors import TrainingError
 from lorafit.report import read_records
 from lorafit.training import record
-from lorafit.training.record import Recorder, environment, peak_rss_bytes
+from lorafit.training.record import Recorder, environment
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -216,47 +216,3 @@ def test_environment_can_be_recorded(path: Path) -> None:
     Recorder(path).write("run", resumed_from_step=0)
     Recorder(path).write("environment", **environment("cpu", "float32", 1))
     assert read_records(path).environment["device"] == "cpu"
-
-
-ALLOCATE = (
-    "from lorafit.training.record import peak_rss_bytes\n"
-    "before = peak_rss_bytes(); block = bytearray(b'x') * (200 * 2**20); del block\n"
-    "print(before, peak_rss_bytes())"
-)
-
-
-@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="only known on Linux and macOS")
-def test_the_peak_is_in_bytes_and_stays() -> None:
-    # In a process of its own, since this one may have had its peak already.
-    run = subprocess.run([sys.executable, "-c", ALLOCATE], capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
-    assert 190 * 2**20 < after - before < 230 * 2**20
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is inherited across exec on Linux only")
-def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
-    parent = (
-        "import subprocess, sys\n"
-        "block = bytearray(b'x') * (300 * 2**20)\n"
-        "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
-    )
-    child = "from lorafit.training.record import peak_rss_bytes; print(peak_rss_bytes())"
-    run = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
-    assert 2**20 < int(run.stdout) < 150 * 2**20
-
-
-@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
-def test_units_where_only_getrusage_answers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, unit: int
-) -> None:
-    monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(record, "_STATUS", tmp_path / "status")
-    monkeypatch.setattr(record, "_ru_maxrss", lambda: 5000)
-    assert peak_rss_bytes() == 5000 * unit
-    (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t  9 kB\n")
-    assert peak_rss_bytes() == 5000 * unit
-
-
-def test_a_system_that_does_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert peak_rss_bytes() is None

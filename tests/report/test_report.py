@@ -21,6 +21,7 @@ from lorafit.errors import ConfigError, DataError, MissingExtraError
 from lorafit.report import read_records, write_report
 from lorafit.report.curves import Series, smooth, thin
 from lorafit.report.figures import draw
+from lorafit.report.head import headline
 from lorafit.report.palette import DARK, LIGHT, Palette, exchange
 from lorafit.report.summary import summarize
 from lorafit.report.text import duration, escape, percent, script_json, size
@@ -273,6 +274,16 @@ def test_the_headline_of_a_whole_run(whole: Any, path: Path) -> None:
     assert summary.peak_bytes == 1_851_000_000
     assert 2500 < summary.tokens_per_second < 2800
     assert summary.seconds == whole.records[-1]["seconds"]
+
+
+def test_memory_is_that_of_the_device_where_there_was_one(whole: Any, path: Path) -> None:
+    for record in whole.records:
+        if record["event"] == "step":
+            record["peak_device_bytes"] = 5 * 2**30 + record["step"]
+    run = read_records(whole.write(path))
+    assert summarize(run).device_bytes == 5 * 2**30 + 240
+    assert "on the device; 1.72 GiB resident" in headline(run, summarize(run))
+    assert next(iter(traces(run, "device-memory").values())).y[0] == pytest.approx(5, abs=1e-3)
 
 
 def test_the_end_says_which_evaluation_counts(story: Any, path: Path) -> None:

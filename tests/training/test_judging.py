@@ -121,6 +121,28 @@ class Killed(BaseException):
     """Stands for a kill."""
 
 
+def test_a_run_killed_where_it_was_stopped_trains_no_further(
+    run: Run, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.training.judging import Judging
+
+    changes = {**overfits(settings), "save_steps": 4, "early_stopping": True}
+    whole = run(**changes, output_dir=str(tmp_path / "whole"))
+
+    def kill(self: Judging) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Judging, "verdict", kill)
+    with pytest.raises(Killed):
+        run(**changes, output_dir=str(tmp_path / "cut"))
+    assert (tmp_path / "cut" / f"checkpoint-{whole.steps}").is_dir()
+    monkeypatch.undo()
+    resumed = run(**changes, output_dir=str(tmp_path / "cut"))
+    assert (resumed.steps, resumed.verdict, resumed.resumed_from) == (whole.steps, whole.verdict, whole.steps)
+    first, second = (load_file(one.adapter / "adapter_model.safetensors") for one in (whole, resumed))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 @pytest.mark.parametrize("step", [5, 17, 30])
 def test_a_killed_run_is_judged_as_if_it_had_not_been(
     run: Run, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

@@ -75,6 +75,7 @@ def test_it_learns_and_says_what(run: Run, tmp_path: Path) -> None:
     assert last["pearson"] > 0.7 and last["pearson_low"] < last["pearson"] < last["pearson_high"]
     assert last["mean_absolute_error"] < first["mean_absolute_error"] and "spearman" in last
     assert records(outcome.folder.path, "data")[0]["label_spread"] > 0
+    assert records(outcome.folder.path, "config")[0]["resolved"]["task"] == "regression"
     result = json.loads((outcome.folder.path / "result.json").read_text())
     assert result["unit"] == outcome.unit and result["agreement"]["pearson"] > 0.7
     assert Outcome.read(result, outcome.folder).unit == outcome.unit

@@ -224,7 +224,8 @@ def _other(standing: Standing, metric: str) -> str:
 
 def _costs(standing: Standing) -> list[str]:
     results = [result for _, result in standing.seeds if result.measured is not None]
-    peaks = [result.peak_rss_bytes for result in results if result.peak_rss_bytes is not None]
+    # Where an accelerator computed, its memory is what is scarce.
+    peaks = [most for result in results if (most := result.peak_device_bytes or result.peak_rss_bytes) is not None]
     extra = max((result.extra_steps for result in results), default=0)
     return [
         f"{max(result.steps for result in results)}" + (f" + {extra} of a trial" if extra else ""),

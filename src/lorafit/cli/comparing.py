@@ -65,6 +65,7 @@ def go(wishes: Wishes, screen: Screen) -> None:
         made = _candidates(wishes, list(METHODS), screen)
         seeds_of(made[0].settings.seed, wishes.seeds)
         rates_of(made, wishes.rates)
+    _check_search(made)
     from lorafit.experiments.comparison import check_folder
 
     folder = _folder(wishes, made)
@@ -91,6 +92,15 @@ def _candidates(wishes: Wishes, household: Sequence[str], screen: Screen) -> lis
     for one in made:
         training_arguments(one.settings, Path("unused"))
     return made
+
+
+def _check_search(made: Sequence[Candidate]) -> None:
+    """Raises `MissingExtraError` if rates are to be searched and what searches is missing: before data are read."""
+    from lorafit.experiments.trial import Kind
+    from lorafit.experiments.tuning import optuna
+
+    if any(one.kind is not Kind.BASE and one.fixed is None for one in made):
+        optuna()
 
 
 def _folder(wishes: Wishes, made: Sequence[Candidate]) -> Path:

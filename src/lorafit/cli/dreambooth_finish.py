@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.cli.exits import StoppedError
 from lorafit.errors import MissingExtraError
+from lorafit.training import memory
 
 if TYPE_CHECKING:
     from lorafit.cli.screen import Screen
@@ -93,7 +94,7 @@ def _costs(outcome: Outcome) -> str:
     steps = f"{outcome.steps - outcome.resumed_from:,} steps"
     if outcome.resumed_from:
         steps += f" (after {outcome.resumed_from:,} of an earlier start)"
-    peak = "" if outcome.peak_rss_bytes is None else f"; peak memory {outcome.peak_rss_bytes / 2**30:.2f} GiB"
+    peak = memory.told(outcome.peak_rss_bytes, outcome.peak_device_bytes)
     return f"{steps} in {outcome.train_seconds:.1f} s; {outcome.seconds:.1f} s in all{peak}"
 
 

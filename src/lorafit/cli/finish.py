@@ -14,6 +14,7 @@ from lorafit.cli.exits import MEND, StoppedError
 from lorafit.cli.quiet import quiet
 from lorafit.cli.screen import Screen
 from lorafit.errors import MissingExtraError
+from lorafit.training import memory
 
 if TYPE_CHECKING:
     from lorafit.report.summary import Summary
@@ -165,7 +166,7 @@ def _figures(outcome: Outcome, summary: Summary) -> list[tuple[str, str, str]]:
 
 def _costs(outcome: Outcome, summary: Summary) -> str:
     rate = "" if summary.tokens_per_second is None else f", {summary.tokens_per_second:,.0f} tokens/s"
-    peak = "" if outcome.peak_rss_bytes is None else f"; peak memory {outcome.peak_rss_bytes / 2**30:.2f} GiB"
+    peak = memory.told(outcome.peak_rss_bytes, outcome.peak_device_bytes)
     steps = f"{outcome.steps - outcome.resumed_from:,} steps"
     if outcome.resumed_from:
         steps += f" (after {outcome.resumed_from:,} of an earlier start)"
@@ -191,6 +192,7 @@ def _as_json(outcome: Outcome, report: Path | None, summary: Summary | None) -> 
         "seconds": outcome.seconds,
         "tokens_per_second": None if summary is None else summary.tokens_per_second,
         "peak_rss_bytes": outcome.peak_rss_bytes,
+        "peak_device_bytes": outcome.peak_device_bytes,
         "verdict": None if outcome.verdict is None else asdict(outcome.verdict),
         **outcome.findings.as_json(),
         "samples": [asdict(one) for one in outcome.shown],

@@ -26,6 +26,7 @@ class Outcome:
         train_seconds: time in steps, in this process.
         seconds: time in all, in this process.
         peak_rss_bytes: peak memory of this process, None where the system does not tell.
+        peak_device_bytes: peak memory on its accelerator; None without one.
         sheets: the sheets of samples, in the order of their steps.
         verdict: what became of the run; None while it is not done.
     """
@@ -42,6 +43,7 @@ class Outcome:
     train_seconds: float
     seconds: float
     peak_rss_bytes: int | None
+    peak_device_bytes: int | None
     sheets: tuple[Path, ...] = ()
     verdict: Told | None = None
 
@@ -53,6 +55,7 @@ class Outcome:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
             "eval_loss_before": self.eval_before,
             "eval_loss_after": self.eval_after,
             "prior_loss_before": self.prior_before,
@@ -75,6 +78,7 @@ class Outcome:
             train_seconds=done.get("train_seconds", 0.0),
             seconds=done.get("seconds", 0.0),
             peak_rss_bytes=done.get("peak_rss_bytes"),
+            peak_device_bytes=done.get("peak_device_bytes"),
             sheets=folder.sheets(),
             verdict=Told.read(done.get("verdict")),
         )

@@ -38,7 +38,7 @@ from lorafit.layers import Shape
 from lorafit.method import Method
 from lorafit.methods import build
 from lorafit.training.callbacks import Interrupt, schedule_facts, terminated
-from lorafit.training.meter import peak_bytes
+from lorafit.training.meter import peaks
 from lorafit.training.outcome import Told
 from lorafit.training.owned import step_of, without
 from lorafit.training.record import Recorder, environment
@@ -302,7 +302,7 @@ class _Run:
             learning_rate=taken.rate,
             grad_norm=taken.norm,
             seconds=seconds,
-            peak_rss_bytes=peak_bytes(),
+            **peaks(),
         )
         every = self.settings.evaluate_every
         facts = schedule_facts(next(iter(handles.values()))) if _due(step, every) else {}
@@ -357,7 +357,7 @@ class _Run:
             prior_after=watch.priors[-1][1] if watch.priors else None,
             train_seconds=self.train_seconds,
             seconds=time.perf_counter() - self.started,
-            peak_rss_bytes=peak_bytes(),
+            **peaks(),
             sheets=self.folder.sheets(),
             verdict=told,
         )

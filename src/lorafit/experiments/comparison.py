@@ -94,6 +94,7 @@ def _seed(seed: int, result: Result) -> dict[str, Any]:
         "seconds": result.seconds,
         "total_seconds": result.total_seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "peak_device_bytes": result.peak_device_bytes,
         "trainable": result.trainable,
         "adapter_bytes": result.adapter_bytes,
         "curve": [[step, loss] for step, loss in result.curve],

@@ -24,6 +24,7 @@ from lorafit import files
 from lorafit.errors import ConfigError
 from lorafit.experiments.trained import Everything, Trained
 from lorafit.experiments.trial import Notify
+from lorafit.training import memory
 from lorafit.training.batches import LengthBucketSampler
 from lorafit.training.callbacks import Interrupt, Timing, terminated
 from lorafit.training.config import Settings
@@ -33,7 +34,7 @@ from lorafit.training.models import default_rate
 from lorafit.training.objectives import Objective, mean_loss
 from lorafit.training.owned import COMPLETE
 from lorafit.training.prepare import Task, prepare, training_arguments
-from lorafit.training.record import Recorder, environment, peak_rss_bytes
+from lorafit.training.record import Recorder, environment
 from lorafit.training.trainer import DivergedError, planned_steps, records_per_step, settle_warmup
 
 BEST = "best"
@@ -249,5 +250,5 @@ class _Steps(TrainerCallback):
                 epoch=state.epoch,
                 **kept,
                 **self._timing.figures,
-                peak_rss_bytes=peak_rss_bytes(),
+                **memory.peaks(),
             )

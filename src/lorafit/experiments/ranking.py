@@ -20,6 +20,9 @@ from lorafit.experiments.telling import tell
 
 Metric: TypeAlias = Literal["loss", "accuracy"]
 METRICS: Final = ("loss", "accuracy")
+DEVICE: Final = "peak_device_bytes"
+PROCESS: Final = "peak_rss_bytes"
+"""Where a seed's peak memory is found: on the accelerator, and of the process."""
 COSTS: Final = ("seconds", "memory", "trainable", "file")
 """What a candidate is paid with: training time, peak memory, trained numbers, bytes of the file."""
 BASE: Final = "base"
@@ -115,6 +118,7 @@ class Ranking:
         failed: (candidate, what went wrong): those without any score.
         differences: all pairs.
         fronts: for each cost the candidates that no other one beats in price and score, the cheapest first.
+        memory: whose peak the cost "memory" is, `DEVICE` or `PROCESS`.
     """
 
     metric: Metric
@@ -127,6 +131,7 @@ class Ranking:
     failed: tuple[tuple[str, str], ...]
     differences: tuple[Difference, ...]
     fronts: Mapping[str, tuple[str, ...]]
+    memory: str = PROCESS
 
     def sentences(self) -> list[str]:
         """In plain language: the best, its equals, the cheapest of them, what to pick, what cannot be told."""
@@ -215,6 +220,7 @@ def rank(
     failed: list[tuple[str, str]] = []
     entries: list[_Entry] = []
     counts: Sequence[float] | None = None
+    memory = memory_of(candidates)
     for candidate in candidates:
         kept, lost = _sorted_out(candidate)
         if not kept:
@@ -222,7 +228,7 @@ def rank(
             continue
         for one in kept:
             counts = _same(counts, one["counts"], candidate["name"])
-        entries.append(_entry(candidate, kept, lost, metric))
+        entries.append(_entry(candidate, kept, lost, metric, memory))
     if counts is None:
         return Ranking(metric, level, resamples, 0, None, 0, (), tuple(failed), (), dict.fromkeys(COSTS, ()))
     pairs = math.comb(len(entries), 2)
@@ -244,6 +250,7 @@ def rank(
         failed=tuple(failed),
         differences=tuple(differences),
         fronts={cost: _front(places, cost, sign) for cost in COSTS},
+        memory=memory,
     )
 
 
@@ -293,7 +300,11 @@ def _same(before: Sequence[float] | None, now: Sequence[float], name: str) -> Se
 
 
 def _entry(
-    candidate: Mapping[str, Any], kept: Sequence[Mapping[str, Any]], lost: tuple[tuple[int, str], ...], metric: Metric
+    candidate: Mapping[str, Any],
+    kept: Sequence[Mapping[str, Any]],
+    lost: tuple[tuple[int, str], ...],
+    metric: Metric,
+    memory: str,
 ) -> _Entry:
     sums = [one["losses" if metric == "loss" else "correct"] for one in kept]
     if any(each is None for each in sums):
@@ -313,15 +324,21 @@ def _entry(
         lost=lost,
         cost={
             "seconds": 0.0 if base else _over(kept, "seconds", mean=True),
-            "memory": _over(kept, "peak_rss_bytes", mean=False),
+            "memory": _over(kept, memory, mean=False),
             "trainable": 0.0 if base else _over(kept, "trainable", mean=True),
             "file": 0.0 if base else _over(kept, "adapter_bytes", mean=True),
         },
     )
 
 
+def memory_of(candidates: Iterable[Mapping[str, Any]]) -> str:
+    """Which memory is a cost: that of the accelerator where one was used (`DEVICE`), else the process's (`PROCESS`)."""
+    used = any(seed.get(DEVICE) for candidate in candidates for seed in candidate["seeds"])
+    return DEVICE if used else PROCESS
+
+
 def _over(kept: Sequence[Mapping[str, Any]], key: str, *, mean: bool) -> float | None:
-    known = [float(one[key]) for one in kept if one[key] is not None]
+    known = [float(one[key]) for one in kept if one.get(key) is not None]
     if not known:
         return None
     return math.fsum(known) / len(known) if mean else max(known)

@@ -16,9 +16,9 @@ from rich.console import Console
 from lorafit.errors import LorafitError
 from lorafit.experiments.measuring import Model, adapted, bare, measure, probed, whole
 from lorafit.experiments.trial import Kind, Measured, Notify, Result, Trial, keep
+from lorafit.training import memory
 from lorafit.training.findings import finite
 from lorafit.training.owned import RECORDS
-from lorafit.training.record import peak_rss_bytes
 from lorafit.training.trainer import DivergedError
 
 WEIGHTS = ("adapter/adapter_model.safetensors", "model/model*.safetensors", "head/head.safetensors")
@@ -47,7 +47,7 @@ def _full(error: Exception) -> bool:
 
 def given_up(trial: Trial, experiment: Path, why: str) -> Result:
     """The result of a trial that cannot be brought to an end: what its records tell, and why."""
-    result = _result(trial, trial.folder(experiment), None, None, why, None, 0.0)
+    result = _result(trial, trial.folder(experiment), None, None, why, memory.UNKNOWN, 0.0)
     keep(trial, experiment, result)
     return result
 
@@ -68,7 +68,7 @@ def _measured_base(trial: Trial, experiment: Path, notify: Notify) -> Result:
         trainable=0,
         seconds=0.0,
         total_seconds=time.perf_counter() - started,
-        peak_rss_bytes=peak_rss_bytes(),
+        **memory.peaks(),
         adapter_bytes=None,
         validation=validation,
         curve=() if validation is None else ((0, validation),),
@@ -102,13 +102,13 @@ def _trained(trial: Trial, folder: Path, notify: Notify) -> Result:
             raise
     if validation is not None and not math.isfinite(validation):
         validation, failed = None, "the held-out loss is not finite at the end"
-    peak, started = peak_rss_bytes(), time.perf_counter()
+    peaks, started = memory.peaks(), time.perf_counter()
     measured = None
     if failed is None and trial.measured is not None:
         measured = measure(_finished(trial, settings, folder, notify), settings, trial.measured)
         if not math.isfinite(measured.mean):
             measured, failed = None, "the loss of the measured records is not finite"
-    return _result(trial, folder, validation, measured, failed, peak, time.perf_counter() - started)
+    return _result(trial, folder, validation, measured, failed, peaks, time.perf_counter() - started)
 
 
 def _finished(trial: Trial, settings: Any, folder: Path, notify: Notify) -> Model:
@@ -126,7 +126,7 @@ def _result(
     validation: float | None,
     measured: Measured | None,
     failed: str | None,
-    peak: int | None,
+    peaks: memory.Peaks,
     measuring: float,
 ) -> Result:
     records = list(_records(folder))
@@ -134,7 +134,6 @@ def _result(
     curve = {one["step"]: one["loss"] for one in records if one["event"] == "evaluation"}
     configs = [one for one in records if one["event"] == "config"]
     drops = [one for one in records if one["event"] == "drop"]
-    peaks = [one["peak_rss_bytes"] for one in steps.values() if one.get("peak_rss_bytes")]
     sizes = [path.stat().st_size for name in WEIGHTS for path in folder.glob(name)]  # large models are in shards
     return Result(
         name=trial.name,
@@ -143,7 +142,8 @@ def _result(
         trainable=configs[-1]["resolved"]["trainable"] if configs else 0,
         seconds=math.fsum(one["seconds"] for one in steps.values()),
         total_seconds=_elapsed(records) + measuring,
-        peak_rss_bytes=max([*peaks, *([] if peak is None else [peak])], default=None),
+        peak_rss_bytes=_most(peaks["peak_rss_bytes"], steps, "peak_rss_bytes"),
+        peak_device_bytes=_most(peaks["peak_device_bytes"], steps, "peak_device_bytes"),
         adapter_bytes=sum(sizes) if sizes else None,
         validation=validation,
         curve=tuple((step, loss) for step, loss in sorted(curve.items()) if loss is not None),
@@ -151,6 +151,11 @@ def _result(
         failed=failed,
         extra_steps=int(drops[-1]["steps"]) if drops else 0,
     )
+
+
+def _most(last: int | None, steps: Mapping[int, Mapping[str, Any]], name: str) -> int | None:
+    """The largest figure of a run, whose earlier processes have left theirs in the records."""
+    return max((value for value in (last, *(one.get(name) for one in steps.values())) if value), default=None)
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:

@@ -122,6 +122,7 @@ class Result:
         seconds: time in optimizer steps.
         total_seconds: time of the whole trial: loading, a trial of LoRA-drop's, evaluations, measuring.
         peak_rss_bytes: peak memory of the training process; None where the system does not tell.
+        peak_device_bytes: peak memory on its accelerator; None without one.
         adapter_bytes: size of the trained weights' file; None where there is none.
         validation: mean loss on the run's own held-out part, of what was kept; None without such a part.
         curve: (step, held-out loss), in order.
@@ -143,6 +144,7 @@ class Result:
     measured: Measured | None
     failed: str | None
     extra_steps: int = 0
+    peak_device_bytes: int | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Result:

@@ -46,7 +46,7 @@ class Search:
     """
 
     def __init__(self, folder: Path, name: str, default: float, count: int) -> None:
-        self._optuna: Any = _optuna()
+        self._optuna: Any = optuna()
         self._name, self._default, self._count = name, default, count
         self._range = self._optuna.distributions.FloatDistribution(default / TIMES, default * TIMES, log=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +101,10 @@ def best(tried: tuple[Tried, ...]) -> Tried | None:
     return min(finite, key=lambda one: one.loss or 0.0, default=None)
 
 
-def _optuna() -> Any:
+def optuna() -> Any:
+    """The package that searches, told to be quiet. Raises `MissingExtraError` where it is not installed."""
     try:
-        import optuna
+        import optuna as found
     except ImportError as error:
         raise MissingExtraError(
             "the search of learning rates needs the package optuna",
@@ -111,5 +112,5 @@ def _optuna() -> Any:
             expected="optuna 4.0 or newer",
             fix="pip install 'lorafit[compare]'",
         ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+    found.logging.set_verbosity(found.logging.WARNING)
+    return found

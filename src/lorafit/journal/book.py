@@ -21,9 +21,9 @@ from lorafit.journal.measuring import Measured, check_finite
 from lorafit.journal.pace import Pace
 from lorafit.journal.place import CHECKPOINT, Place, Say
 from lorafit.journal.telling import Ended
-from lorafit.training import ranks
+from lorafit.training import memory, ranks
 from lorafit.training.owned import ADAPTER
-from lorafit.training.record import Recorder, Unheard, environment, peak_rss_bytes
+from lorafit.training.record import Recorder, Unheard, environment
 from lorafit.training.verdict import Evaluation, Verdict
 
 HELD_OUT = "held_out"
@@ -168,7 +168,7 @@ class Book:
         if figures is None:
             return
         epoch = None if self._plan.epochs is None else float(rounds)
-        known = {"learning_rate": self._rate(), "grad_norm": norm, "peak_rss_bytes": peak_rss_bytes()}
+        known = {"learning_rate": self._rate(), "grad_norm": norm, **memory.peaks()}
         self._recorder.write("step", step=taken, epoch=epoch, **figures, **known)
         loss = figures["loss"]
         if ranks.any_of(not math.isfinite(loss)):
@@ -240,7 +240,7 @@ class Book:
             train_seconds=self.pace.seconds,
             seconds=time.perf_counter() - self._began,
             rate=self.pace.rate,
-            peak_bytes=peak_rss_bytes(),
+            **memory.peaks(),
             adapter=str(adapter),
             sentence=None if verdict is None else verdict.sentence,
             hints=() if verdict is None else verdict.hints,
@@ -265,5 +265,5 @@ class Book:
             "steps": taken,
             "seconds": time.perf_counter() - self._began,
             "train_seconds": self.pace.seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
+            **memory.peaks(),
         }

@@ -9,6 +9,7 @@ from typing import Any, final
 
 from lorafit.errors import LorafitError
 from lorafit.report import write_report
+from lorafit.training import memory
 from lorafit.training.spans import duration
 from lorafit.training.verdict import Ways
 
@@ -35,7 +36,8 @@ class Ended:
         accuracy_before, accuracy_after: the share of right predictions.
         train_seconds, seconds: time in steps, and in all, of this process.
         rate: examples per second of training.
-        peak_bytes: peak memory of this process.
+        peak_rss_bytes: peak memory of this process.
+        peak_device_bytes: peak memory on its accelerator.
         adapter: the adapter's folder.
         sentence, hints: the verdict.
         kept: the step of the adapter that was kept; None for the last one.
@@ -50,7 +52,8 @@ class Ended:
     train_seconds: float
     seconds: float
     rate: float | None
-    peak_bytes: int | None
+    peak_rss_bytes: int | None
+    peak_device_bytes: int | None
     adapter: str
     sentence: str | None
     hints: tuple[str, ...]
@@ -95,7 +98,7 @@ class Ended:
 
     def _costs(self) -> str:
         rate = "" if self.rate is None else f", {self.rate:,.0f} examples/s"
-        peak = "" if self.peak_bytes is None else f"; peak memory {self.peak_bytes / 2**30:.2f} GiB"
+        peak = memory.told(self.peak_rss_bytes, self.peak_device_bytes)
         steps = f"{self.steps - self.resumed_from:,} steps"
         if self.resumed_from:
             steps += f" (after {self.resumed_from:,} of an earlier start)"

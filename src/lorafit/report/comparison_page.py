@@ -163,7 +163,10 @@ def _prices(ranking: Row, candidates: Sequence[Row]) -> str:
             ]
         )
     word = "accuracy" if ranking["metric"] == "accuracy" else "loss"
-    return table(("candidate", word, "training", "peak memory", "trained numbers", "file", "with its search"), rows)
+    return table(
+        ("candidate", word, "training", plots.memory(ranking).lower(), "trained numbers", "file", "with its search"),
+        rows,
+    )
 
 
 def _alone(ranking: Row) -> bool:

@@ -23,7 +23,7 @@ GREY: Final = len(LIGHT.hues) - 1
 """The hue of the untrained model, and of what is significantly worse."""
 PRICES: Final = (
     ("seconds", "Training time, s", 1),
-    ("memory", "Peak memory, GiB", 2**30),
+    ("memory", "{memory}, GiB", 2**30),
     ("trainable", "Trained numbers", 1),
     ("file", "Size of the file, MiB", 2**20),
 )
@@ -196,6 +196,11 @@ def _nats(ranking: Row) -> str:
     return str(ranking.get("unit") or "nats")
 
 
+def memory(ranking: Row) -> str:
+    """What the price in memory is: of the accelerator, where one computed."""
+    return "Peak memory on the device" if ranking.get("memory") == "peak_device_bytes" else "Peak memory"
+
+
 def number(ranking: Row, value: float, sign: str = "") -> str:
     """A score, or with a sign a difference of scores."""
     return f"{value:{sign}.1%}" if ranking["metric"] == "accuracy" else f"{value:{sign}.4f}"
@@ -204,7 +209,8 @@ def number(ranking: Row, value: float, sign: str = "") -> str:
 def prices(ranking: Row, hues: Hues) -> list[Plot]:
     """The score against each price, with a line through those that no other one beats in both."""
     left = far(ranking["places"])
-    found = [_price(ranking, hues, left, *one) for one in PRICES]
+    said = memory(ranking)
+    found = [_price(ranking, hues, left, cost, title.format(memory=said), unit) for cost, title, unit in PRICES]
     return [plot for plot in found if plot is not None]
 
 

@@ -191,7 +191,7 @@ def _facts(run: Run, summary: Summary) -> list[tuple[str, str]]:
         *facts,
         ("steps", text.count(summary.last_step)),
         ("time", text.duration(summary.seconds)),
-        ("peak memory", text.size(summary.peak_bytes)),
+        ("peak memory", text.size(summary.peak_bytes if summary.device_bytes is None else summary.device_bytes)),
         ("trained numbers", text.count(summary.trainable)),
     ]
 
@@ -280,6 +280,7 @@ def _of_class(step: Step) -> Step:
         tokens_per_second=None,
         examples_per_second=None,
         peak_rss_bytes=None,
+        peak_device_bytes=None,
         diverged=False,
     )
 

@@ -71,11 +71,22 @@ def draw(run: Run) -> list[Plot]:
             run,
             "memory",
             "Peak memory so far, GiB",
-            [(s.step, None if s.peak_rss_bytes is None else s.peak_rss_bytes / 2**30) for s in steps],
+            [(s.step, _gib(s.peak_rss_bytes)) for s in steps],
+            ".2f",
+        ),
+        _curve(
+            run,
+            "device-memory",
+            "Peak memory on the device so far, GiB",
+            [(s.step, _gib(s.peak_device_bytes)) for s in steps],
             ".2f",
         ),
     ]
     return [plot for plot in (_losses(run), _accuracy(run), _correlation(run), *small) if plot is not None]
+
+
+def _gib(count: float | None) -> float | None:
+    return None if count is None else count / 2**30
 
 
 def _losses(run: Run) -> Plot | None:

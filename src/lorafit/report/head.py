@@ -181,10 +181,19 @@ def headline(run: Run, summary: Summary) -> str:
   <dl class="stats">
     {_stat("Time", text.duration(summary.seconds), ", ".join(time))}
     {_speed(summary)}
-    {_stat("Peak memory", text.size(summary.peak_bytes), "resident, whole process")}
+    {_memory(summary)}
     {_stat("Trained share", text.percent(summary.share), trained)}
   </dl>
 </section>"""
+
+
+def _memory(summary: Summary) -> str:
+    """What was used at most where the run computed: of the accelerator, if it had one."""
+    own = text.size(summary.peak_bytes)
+    if summary.device_bytes is None:
+        return _stat("Peak memory", own, "resident, whole process")
+    beside = "" if summary.peak_bytes is None else f"; {own} resident"
+    return _stat("Peak memory", text.size(summary.device_bytes), f"on the device{beside}")
 
 
 def _speed(summary: Summary) -> str:

@@ -40,6 +40,7 @@ class Step:
     supervised_tokens: float | None
     tokens_per_second: float | None
     peak_rss_bytes: float | None
+    peak_device_bytes: float | None
     seconds: float | None
     examples: float | None
     examples_per_second: float | None
@@ -61,6 +62,7 @@ class Step:
             supervised_tokens=line.number("supervised_tokens"),
             tokens_per_second=line.number("tokens_per_second"),
             peak_rss_bytes=line.number("peak_rss_bytes"),
+            peak_device_bytes=line.number("peak_device_bytes"),
             seconds=line.number("seconds"),
             examples=line.number("examples"),
             examples_per_second=line.number("examples_per_second"),
@@ -292,6 +294,7 @@ class End:
     seconds: float | None
     train_seconds: float | None
     peak_rss_bytes: float | None
+    peak_device_bytes: float | None
     eval_loss_before: float | None
     eval_loss_after: float | None
     prior_loss_before: float | None
@@ -308,6 +311,7 @@ class End:
             seconds=line.number("seconds"),
             train_seconds=line.number("train_seconds"),
             peak_rss_bytes=line.number("peak_rss_bytes"),
+            peak_device_bytes=line.number("peak_device_bytes"),
             eval_loss_before=line.number("eval_loss_before"),
             eval_loss_after=line.number("eval_loss_after"),
             prior_loss_before=line.number("prior_loss_before"),

@@ -59,6 +59,7 @@ class Summary:
         tokens_per_second: the median over the logged steps.
         examples_per_second: the same, where records were counted and not tokens.
         peak_bytes: the largest peak of resident memory.
+        device_bytes: the largest peak of memory on an accelerator.
         trainable: trained numbers.
         total: all numbers of the model.
         share: trainable / total.
@@ -75,6 +76,7 @@ class Summary:
     tokens_per_second: float | None
     examples_per_second: float | None
     peak_bytes: float | None
+    device_bytes: float | None
     trainable: float | None
     total: float | None
     share: float | None
@@ -103,6 +105,9 @@ def summarize(run: Run) -> Summary:
         tokens_per_second=median(rates) if rates else None,
         examples_per_second=median(counted) if counted else None,
         peak_bytes=_largest([*(step.peak_rss_bytes for step in run.steps), *(end.peak_rss_bytes for end in ends)]),
+        device_bytes=_largest(
+            [*(step.peak_device_bytes for step in run.steps), *(end.peak_device_bytes for end in ends)]
+        ),
         trainable=trainable,
         total=total,
         share=trainable / total if trainable is not None and total else share,

@@ -17,7 +17,7 @@ from lorafit.anatomy import Anatomy, anatomy
 from lorafit.handle import Handle
 from lorafit.sharded import whole
 from lorafit.training import ranks
-from lorafit.training.meter import Meter, peak_bytes
+from lorafit.training.meter import Meter, peaks
 from lorafit.training.record import Recorder
 
 Notify = Callable[[str], object]
@@ -74,7 +74,7 @@ class Recording(TrainerCallback):
                 epoch=state.epoch,
                 **kept,
                 **self._timing.figures,
-                peak_rss_bytes=peak_bytes(),
+                **peaks(),
             )
 
     def _record_adapter(self, step: int) -> None:

@@ -26,6 +26,10 @@ LAST = 0.25
 """The share of a run's steps whose training loss stands for that at its end."""
 
 
+class StoppedError(Exception):
+    """The run goes on from the very step at which it was stopped: there is nothing left to train."""
+
+
 @final
 class Judging(TrainerCallback):
     """Follows the evaluations of one run.
@@ -78,10 +82,22 @@ class Judging(TrainerCallback):
         return True
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluates the step that a run goes on from, if that was due there and the stop came first."""
+        """Evaluates the step that a run goes on from, if that was due there and the stop came first.
+
+        Raises:
+            StoppedError: the run was stopped there because it overfits. The trainer looks at what it is told only
+                after a step, so it cannot be told otherwise.
+        """
         there = 0 < state.global_step < state.max_steps and self._trainer.eval_dataset is not None
-        if there and _due(args, state) and all(one.step != state.global_step for one in self.evaluations):
-            self._trainer.evaluate()
+        if not there:
+            return
+        if all(one.step != state.global_step for one in self.evaluations):
+            if _due(args, state):
+                self._trainer.evaluate()
+        elif self._stop:
+            self.stopped = self._overfitting()
+        if self.stopped is not None:
+            raise StoppedError
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if not self.add():
@@ -90,11 +106,13 @@ class Judging(TrainerCallback):
         if self._keep_best and newest.step and newest.mean <= min(one.mean for one in self.evaluations):
             ranks.agreed(lambda: self._save(newest.step))
         if self._stop and state.global_step < state.max_steps:
-            found = judge(self.evaluations)
-            if found is not None and found.kind is Kind.OVERFITTING:
-                self.stopped = found
-                control.should_training_stop = True
+            self.stopped = self._overfitting()
+            control.should_training_stop = control.should_training_stop or self.stopped is not None
         return control
+
+    def _overfitting(self) -> Verdict | None:
+        found = judge(self.evaluations)
+        return found if found is not None and found.kind is Kind.OVERFITTING else None
 
     def restore(self) -> Evaluation | None:
         """Puts the best adapter back if it is not the last one; gives its evaluation."""

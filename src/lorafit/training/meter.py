@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lorafit.training import ranks
-from lorafit.training.record import peak_rss_bytes
+from lorafit.training import memory, ranks
 
 
 class Meter:
@@ -52,8 +51,15 @@ class Meter:
         return figures
 
 
-def peak_bytes() -> int | None:
-    """The most memory that a process of this run has had resident so far; None where the system does not tell."""
-    own = peak_rss_bytes()
+def peaks() -> memory.Peaks:
+    """The most memory that a process of this run has had so far, resident and on its device."""
+    own = memory.peaks()
+    return {
+        "peak_rss_bytes": _largest(own["peak_rss_bytes"]),
+        "peak_device_bytes": _largest(own["peak_device_bytes"]),
+    }
+
+
+def _largest(own: int | None) -> int | None:
     most = ranks.largest(float("-inf") if own is None else own)
     return None if own is None else int(most)

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from lorafit.errors import DataError
 from lorafit.training.agreement import agreement
 from lorafit.training.batches import RECORDS, TOKENS, VALUES, inputs_of
+from lorafit.training.config import Task
 from lorafit.training.loss import SupervisedLoss
 from lorafit.training.numbers import Scale
 from lorafit.training.sequences import IGNORED
+from lorafit.training.tasks import CAUSAL, CLASSES, NUMBERS
 
 Batch = Mapping[str, Tensor]
 
@@ -73,11 +75,13 @@ class Objective(ABC):
     """A loss to train on and a tally to judge by.
 
     Attributes:
+        task: what is learnt, in the word of the setting.
         task_type: PEFT's word for it.
         description: how the loss is computed, for people.
         unit: what a loss counts, behind a number.
     """
 
+    task: Task
     task_type: str
     description: str
     unit: str
@@ -108,6 +112,7 @@ class Objective(ABC):
 class NextToken(Objective):
     """Cross-entropy on the supervised tokens alone."""
 
+    task: Task = CAUSAL
     task_type = "CAUSAL_LM"
     unit = "nats per token"
 
@@ -136,6 +141,7 @@ class NextToken(Objective):
 class Classes(Objective):
     """Cross-entropy over classes, in float32."""
 
+    task: Task = CLASSES
     task_type = "SEQ_CLS"
     description = "cross-entropy over classes"
     unit = "nats per record"
@@ -169,6 +175,7 @@ class Numbers(Objective):
         scale: how outputs become labels.
     """
 
+    task: Task = NUMBERS
     task_type = "SEQ_CLS"  # PEFT and transformers call so a head of one output, too
     unit = "of the labels' variance"
 

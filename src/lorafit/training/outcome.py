@@ -73,6 +73,7 @@ class Outcome:
         train_seconds: time in steps, in this process.
         seconds: time in all, in this process.
         peak_rss_bytes: peak memory of this process, None where the system does not tell.
+        peak_device_bytes: peak memory on its accelerator; None without one.
         shown: questions answered before and after.
         verdict: what became of the run, None without held-out data.
         findings: what else became of it: of a general text, of slices, of another domain.
@@ -89,6 +90,7 @@ class Outcome:
     train_seconds: float
     seconds: float
     peak_rss_bytes: int | None
+    peak_device_bytes: int | None
     shown: tuple[Shown, ...]
     verdict: Told | None = None
     findings: Findings = field(default_factory=Findings)
@@ -102,6 +104,7 @@ class Outcome:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
             "eval_loss_before": self.eval_before,
             "eval_loss_after": self.eval_after,
         }
@@ -120,6 +123,7 @@ class Outcome:
             train_seconds=done["train_seconds"],
             seconds=done["seconds"],
             peak_rss_bytes=done["peak_rss_bytes"],
+            peak_device_bytes=done.get("peak_device_bytes"),
             shown=tuple(Shown(**one) for one in done["shown"]),
             verdict=Told.read(done.get("verdict")),
             findings=Findings.read(done.get("findings", {})),

@@ -104,14 +104,14 @@ def measure(settings: Settings) -> Measured | str:
                 fix="lorafit train with the same settings shows where; --dry plans without a step",
             )
         told = json.loads(done.stdout.splitlines()[-1])
-        return _read(Path(folder) / "run" / "records.jsonl", told["gpu"], limit, told["layout"])
+        return _read(Path(folder) / "run" / "records.jsonl", limit, told["layout"])
 
 
 def _last(text: str) -> str:
     return (text.strip().splitlines() or ["nothing was said"])[-1]
 
 
-def _read(path: Path, gpu: int | None, limit: int, layout: str) -> Measured:
+def _read(path: Path, limit: int, layout: str) -> Measured:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [one for one in records if one["event"] == "step"]
     looks = [one for one in records if one["event"] == "evaluation"]
@@ -123,7 +123,7 @@ def _read(path: Path, gpu: int | None, limit: int, layout: str) -> Measured:
     watched = 0.0 if text is None else text["elapsed"] - since
     answers = before[0]["elapsed"] - since - watched if before else 0.0
     looked = sum(one["seconds"] for one in looks)
-    peak = gpu or end["peak_rss_bytes"] or 0
+    peak = end["peak_device_bytes"] or end["peak_rss_bytes"] or 0
     rest = max(0.0, end["seconds"] - end["train_seconds"] - looked - 2 * (watched + answers))
     return Measured(
         peak,
@@ -141,7 +141,6 @@ def _read(path: Path, gpu: int | None, limit: int, layout: str) -> Measured:
 def _main() -> None:
     import warnings
 
-    import torch
     from rich.console import Console
     from transformers.utils import logging
 
@@ -155,8 +154,7 @@ def _main() -> None:
     lines: list[str] = []
     train(settings, command="lorafit plan", notify=lines.append, console=said)
     layout = next((line for line in lines if line.startswith((PACKED, PADDED))), "")
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    sys.stdout.write(json.dumps({"gpu": gpu, "layout": layout}) + "\n")
+    sys.stdout.write(json.dumps({"layout": layout}) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,6 @@ from datetime import datetime, timezone
 from importlib import metadata
 from io import FileIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lorafit import __version__
@@ -29,12 +27,6 @@ if TYPE_CHECKING:
 
 PEFT_LAYOUT: Final = "0.21.2"
 """The release of PEFT whose adapter layout this library writes."""
-
-_RU_MAXRSS_UNIT: Final[Mapping[str, int]] = MappingProxyType({"linux": 1024, "darwin": 1})
-"""Bytes in one unit of getrusage's `ru_maxrss`: Linux counts KiB, macOS bytes."""
-
-_STATUS: Final = Path("/proc/self/status")
-"""What Linux says of this process; there is no such file elsewhere."""
 
 RESERVED: Final = ("event", "time", "elapsed", "nonfinite", "repaired")
 """Keys that the recorder sets by itself."""
@@ -224,31 +216,3 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):  # not every POSIX system knows SC_PHYS_PAGES
         return None
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process has had resident so far, in bytes; None where the system does not tell."""
-    unit = _RU_MAXRSS_UNIT.get(sys.platform)
-    if unit is None:
-        return None
-    return _high_water_mark(_STATUS) or _ru_maxrss() * unit
-
-
-def _high_water_mark(status: Path) -> int | None:
-    """`VmHWM` of a Linux status file in bytes; None where the kernel does not give it.
-
-    It is preferred over `ru_maxrss`, which a process that a larger one started inherits across exec: there it
-    tells the peak of the parent.
-    """
-    try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), flags=re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
-def _ru_maxrss() -> int:
-    """The peak in the system's own unit."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

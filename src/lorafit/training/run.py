@@ -29,9 +29,9 @@ from lorafit.training.config import Settings
 from lorafit.training.data import Data
 from lorafit.training.dropping import Trial, settle
 from lorafit.training.folder import open_folder
-from lorafit.training.judging import Judging
+from lorafit.training.judging import Judging, StoppedError
 from lorafit.training.measuring import Watch
-from lorafit.training.meter import peak_bytes
+from lorafit.training.meter import peaks
 from lorafit.training.models import default_rate
 from lorafit.training.outcome import Outcome, Shown, Told, agreed
 from lorafit.training.owned import SETTINGS
@@ -184,6 +184,8 @@ class _Run:
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        except StoppedError:
+            pass  # nothing left to train
         finally:
             bar.close()
             interrupt.restore()
@@ -267,7 +269,7 @@ class _Run:
             "train_steps": steps,
             "records_per_step": size,
             "processes": ranks.count(),
-            "task": task.objective.task_type,
+            "task": task.objective.task,
         }
         self.recorder.write("config", config=settings.model_dump(), resolved=resolved)
         self.recorder.write(
@@ -407,7 +409,7 @@ class _Run:
             eval_after=after,
             train_seconds=trainer.meter.total_seconds,
             seconds=time.perf_counter() - self.started,
-            peak_rss_bytes=peak_bytes(),
+            **peaks(),
             shown=shown,
         )
 
