@@ -93,7 +93,7 @@ def test_more_points_come_nearer() -> None:
 
 def test_a_warm_start_stays_with_the_best_rate() -> None:
     search = searched(task(20_000, best=4.0))
-    assert len(search.rates(1000)) == 3
+    assert len(search.rates(1000)) == 4, "until the best one has a worse one on either side"
     for d in search.places()[1:]:
         assert len(search.rates(d)) <= 2
         assert search.best(d) == pytest.approx(3.6 * math.sqrt(1000 / d), rel=0.02)
@@ -186,18 +186,28 @@ def test_crossing_between_pooled_points() -> None:
         ({1.0: None}, 1, 0.333),
         ({1.0: 0.5, 3.0: None}, 1, 0.333),
         ({1.0: 0.5, 3.0: 0.6, 0.333: 0.7}, 1, None),
-        ({1.0: 0.5, 3.0: 0.4, 9.0: 0.3}, 1, None),
+        ({1.0: 0.5, 3.0: 0.4, 9.0: 0.3}, 1, 27.0),  # it still rises
+        ({1.0: 0.5, 0.333: 0.4, 0.111: 0.3}, -1, 0.037),
+        ({1.0: 0.5, 3.0: 0.4, 9.0: 0.3, 27.0: 0.31}, 1, None),
+        ({1.0: 0.9, 3.0: 0.8, 9.0: 0.7, 27.0: 0.6, 81.0: 0.5, 243.0: 0.4}, 1, None),  # enough is enough
     ],
 )
 def test_rates_climb(tried: dict[float, float | None], lean: int, expected: float | None) -> None:
     assert next_rate(tried, 1.0, lean, 3) == expected
 
 
+def test_a_warm_start_that_was_right_is_not_climbed_away_from() -> None:
+    assert next_rate({1.0: 0.5, 3.0: 0.6}, 1.0, 1, 2) is None
+    assert next_rate({1.0: 0.5, 3.0: 0.4}, 1.0, 1, 2) == 9.0
+    assert next_rate({1.0: 0.5}, 1.0, 1, 1) is None
+
+
 def test_rates_that_did_harm_go_down_whatever_lies_above() -> None:
     assert next_rate({1.0: 0.8}, 1.0, 1, 3, untrained=0.7) == 0.333
     assert next_rate({1.0: 0.8, 0.333: 0.75, 0.111: 0.71}, 1.0, 1, 3, untrained=0.7) == 0.037  # a rescue
     assert next_rate({1.0: 0.8, 0.333: 0.6}, 1.0, 1, 3, untrained=0.7) == 0.111
-    assert next_rate({1.0: 0.8, 0.333: 0.75, 0.111: 0.6}, 1.0, 1, 3, untrained=0.7) is None
+    assert next_rate({1.0: 0.8, 0.333: 0.75, 0.111: 0.6}, 1.0, 1, 3, untrained=0.7) == 0.037  # it still rises
+    assert next_rate({1.0: 0.8, 0.333: 0.75, 0.111: 0.6, 0.037: 0.65}, 1.0, 1, 3, untrained=0.7) is None
     assert next_rate({1.0: 0.8}, 1.0, 1, 3) == 3.0
 
 

@@ -20,8 +20,8 @@ STEP = 8.0
 """From one d to the next until the threshold lies between two."""
 NEAR = 1.25
 """The search ends where the d on either side of the threshold are no farther apart than this factor."""
-RESCUES = 3
-"""Lower rates that are tried beyond the planned number where no rate was of any use."""
+FURTHER = 3
+"""Rates beyond the planned number: as long as each is better than the one before it, or none was of any use."""
 
 
 class Try(NamedTuple):
@@ -131,22 +131,22 @@ def next_rate(
     """The next learning rate of a climb by `FACTOR`; None where it is over.
 
     Args:
-        tried: rate → validation loss, None where training diverged.
+        tried: rate → validation loss, None where training diverged; in the order in which they were tried.
         guess: the first one.
         lean: the side on which the second one lies, 1 for higher and -1 for lower.
-        most: so many in all, and `RESCUES` lower ones where all diverged or did harm.
+        most: so many in all. `FURTHER` more follow while the climb still rises: no d is to look worse than another
+            one because its best rate lies farther from its guess. Of one rate there is no climb.
         untrained: the validation loss without training. Steps that end above it were too long, whatever lies beyond.
     """
     if not tried:
         return rounded(guess)
     good = {rate: loss for rate, loss in tried.items() if loss is not None and loss < untrained}
     if not good:
-        return rounded(min(tried) / FACTOR) if len(tried) < most + RESCUES else None
-    if len(tried) >= most:
-        return None
+        return rounded(min(tried) / FACTOR) if len(tried) < most + FURTHER else None
     best = min(good, key=lambda rate: (good[rate], rate))
     higher, lower = any(rate > best for rate in tried), any(rate < best for rate in tried)
-    if higher and lower:
+    rises = most > 1 and best != next(iter(tried))
+    if (higher and lower) or len(tried) >= most + (FURTHER if rises else 0):
         return None
     up = lower or (not higher and lean > 0)
     return rounded(best * FACTOR if up else best / FACTOR)
@@ -217,7 +217,7 @@ class Search:
         return sorted({one.d for one in self.seen})
 
     def rates(self, d: int) -> dict[float, float | None]:
-        """Rate → validation loss, of the first seed."""
+        """Rate → validation loss, of the first seed, in the order in which they were asked for."""
         return {
             one.rate: answer.validation
             for one, answer in self.seen.items()
