@@ -119,7 +119,7 @@ class AdaLoRA(Method):
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     trains = "P, Λ, Q"
     in_peft = "AdaLoRA, linear layers"
-    in_vllm = "convert"
+    in_vllm = "export"
 
     init_r: int = 12
     target_r: int = 8

@@ -189,7 +189,7 @@ class DoRA(Around):
     paper = "Liu et al. 2024, arXiv:2402.09353"
     trains = "m; A, B or what the inner method trains"
     in_peft = "DoRA"
-    in_vllm = "merge, or convert"
+    in_vllm = "merge, or export --r"
 
     inner: Method = field(default_factory=LoRA)
 

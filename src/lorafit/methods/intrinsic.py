@@ -93,7 +93,7 @@ class IntrinsicDimension(Method):
     paper = "Li et al. 2018, arXiv:1804.08838; Aghajanyan et al. 2020, arXiv:2012.13255"
     trains = "θ_d, λ"
     in_peft = "merge, or convert"
-    in_vllm = "merge, or convert"
+    in_vllm = "merge, or export --r"
     in_rows = False
 
     d: int = 1000

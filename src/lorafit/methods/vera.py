@@ -151,7 +151,7 @@ class VeRA(Method):
     paper = "Kopiczko et al. 2023, arXiv:2310.11454"
     trains = "b, d"
     in_peft = "VeRA, linear layers"
-    in_vllm = "convert"
+    in_vllm = "export"
 
     r: int = 256
     d_init: float = 0.1
