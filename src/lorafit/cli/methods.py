@@ -40,7 +40,7 @@ def methods(
     found = rows(shapes)
     screen.table(COLUMNS, [row.cells() for row in found], right=(2,), whole=(0, 2))
     screen.say(f"numbers: trained at the defaults on the {len(shapes)} linear layers of {name} (all-linear)")
-    screen.say("in PEFT, in vLLM: as what they read its files, or what makes files that they read (lorafit export, merge, lorafit.convert)")
+    screen.say("in PEFT, in vLLM: as what its files are read, or what makes such files (export, lorafit.convert)")
     screen.result({"model": name, "sites": len(shapes), "methods": [asdict(row) for row in found]})
 
 
