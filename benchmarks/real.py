@@ -95,7 +95,12 @@ def figures(one: Kept) -> dict[str, Any]:
             ),
         }
         plots |= {key: plot for key, plot in prices.items() if "trainable" in key}
-        return {key: pictures.framed(plot.figure) for key, plot in plots.items() if plot is not None}
+        framed = {key: pictures.framed(plot.figure) for key, plot in plots.items() if plot is not None}
+        for key in framed.keys() & prices.keys():  # the page of `lorafit compare` has this above the plot
+            framed[key].update_xaxes(title_text="trained numbers").update_yaxes(
+                title_text="accuracy" if found["ranking"]["metric"] == "accuracy" else "test loss, nats"
+            )
+        return framed
     if one["kind"] == "dimension":
         plot = dimension_page.curve(found)
         return {} if plot is None else {"curve": pictures.framed(plot.figure)}
