@@ -199,8 +199,9 @@ def _dimension(name: str, one: Kept) -> str:
         ]
         for point in found["points"]
     ]
-    header = ["d", "rate", found["metric"], "of the gain", "seeds"]
-    said = [*found["said"], *found["advice"]]
+    share = "of the gain" if found["definition"] == "gain" else f"of the {found['metric']}"
+    header = ["d", "rate", found["metric"], share, "seeds"]
+    said = [found["verdict"], *found["said"], *found["advice"]]
     bullets = "\n".join(_bullet(line) for line in said)
     ends = (
         f"Untrained {found['base']:.4f}, {found['reference']['told']} {found['full']:.4f}, threshold "

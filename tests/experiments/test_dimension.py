@@ -374,6 +374,9 @@ def test_an_experiment_from_end_to_end() -> None:
     assert low <= told["d90"] <= high and 1000 < told["d90"] < 4000
     assert [point["d"] for point in told["points"]] == sorted(point["d"] for point in told["points"])
     assert verdict(told) == f"d90 = {told['d90']:,} (SAID), 95 % interval {low:,} to {high:,}"
+    first, last = (told["points"][at]["d"] for at in (0, -1))
+    assert verdict(told | {"interval": None}).endswith(f"95 % interval wider than the d tried, {first:,} to {last:,}")
+    assert verdict(told | {"interval": [None, 9]}).endswith(f"95 % interval below {first:,} to 9")
     assert "lowers the loss by 90 % of what full fine-tuning lowers it by" in told["said"][0]
     assert told["step_seconds"] == {"full": 2.0, "said": 2.0} and told["complete"]
 

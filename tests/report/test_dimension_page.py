@@ -79,7 +79,7 @@ def test_the_curve_has_the_threshold_d90_and_its_interval(dimension: Any) -> Non
     [
         ({"interval": [None, 2600]}, "begins below all d tried and ends at 2,600"),
         ({"interval": [1100, None]}, "begins at 1,100 and ends beyond all d tried"),
-        ({"interval": None}, "goes beyond all d tried"),
+        ({"interval": None}, "wider than all d tried"),
         ({"d90": None, "interval": None, "below": None}, "At most 2,000 dimensions are enough"),
         ({"d90": None, "interval": None, "above": None}, "More than 1,000 dimensions are needed"),
         ({"d90": None, "interval": None, "above": None, "below": None}, "No number of dimensions is known yet"),

@@ -292,10 +292,10 @@ def verdict(told: Mapping[str, Any]) -> str:
 
 def ends(told: Mapping[str, Any]) -> str:
     """The interval in words; ends beyond what was tried are said to be."""
-    if told["interval"] is None:
-        return "95 % interval beyond all d tried"
-    low, high = told["interval"]
     known = [point["d"] for point in told["points"] if point["kept"] is not None]
+    if told["interval"] is None:
+        return f"95 % interval wider than the d tried, {known[0]:,} to {known[-1]:,}"
+    low, high = told["interval"]
     first = f"{low:,}" if low is not None else f"below {known[0]:,}"
     last = f"{high:,}" if high is not None else f"beyond {known[-1]:,}"
     return f"95 % interval {first} to {last}"

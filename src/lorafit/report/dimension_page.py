@@ -92,7 +92,7 @@ def _lead(dimension: Row) -> str:
 def _sure(dimension: Row) -> str:
     low, high = dimension["interval"] or (None, None)
     if low is None and high is None:
-        return " How sure that is cannot be said: its interval goes beyond all d tried."
+        return " Its 95 % interval is wider than all d tried, on either side."
     if low is None:
         return f" Its 95 % interval begins below all d tried and ends at {high:,}."
     if high is None:
