@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import doctest
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lorafit.training import memory, meter, ranks
+from lorafit.training import costs, memory, meter, ranks
 from lorafit.training.memory import peak_device_bytes, peak_rss_bytes
 
 ALLOCATE = (
@@ -98,6 +98,25 @@ def test_of_several_processes_the_largest_counts(monkeypatch: pytest.MonkeyPatch
     assert meter.peaks() == {"peak_rss_bytes": 7, "peak_device_bytes": None}
 
 
-def test_docstrings() -> None:
-    tried = doctest.testmod(memory)
-    assert tried.attempted > 0 and tried.failed == 0
+@dataclass
+class Ran:
+    steps: int = 24
+    resumed_from: int = 0
+    train_seconds: float = 20.42
+    seconds: float = 150.0
+    peak_rss_bytes: int | None = 2**31
+    peak_device_bytes: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (Ran(), "24 steps in 20.4 s, 570 tokens/s; 2 min 30 s in all; peak memory 2.00 GiB"),
+        (Ran(peak_device_bytes=5 * 2**30), "in all; peak memory 5.00 GiB on the device, 2.00 GiB beside it"),
+        (Ran(peak_rss_bytes=None), "2 min 30 s in all"),
+        (Ran(resumed_from=4), "20 steps (after 4 of an earlier start) in 20.4 s"),
+    ],
+)
+def test_what_a_run_took_is_one_line(run: Ran, said: str) -> None:
+    told = costs.line(run, "570 tokens/s")
+    assert told.startswith(said) or told.endswith(said)

@@ -170,12 +170,15 @@ def last_step(records: Path) -> int | None:
 
 def final_table(comparison: Comparison, ranking: Ranking) -> tuple[list[str], list[list[str]], list[int]]:
     """Header, rows and the columns to align on the right: the best first, those that failed last."""
+    from lorafit.experiments.ranking import DEVICE
+
     standings = {one.candidate.name: one for one in comparison.standings}
     score = f"test {ranking.metric}"
     classifies = comparison.parts.classifies
     other = ["accuracy" if ranking.metric == "loss" else "loss"] if classifies else []
     header = ["", "", "rate", score, f"{ranking.level:.0%} interval", *other]
-    header += ["steps", "seconds", "in steps", "peak memory", "trained"]
+    memory = "memory of the device" if ranking.memory == DEVICE else "peak memory"
+    header += ["steps", "seconds", "in steps", memory, "trained"]
     rows = []
     tied = sum(place.tied for place in ranking.places)
     for place in ranking.places:
@@ -188,7 +191,7 @@ def final_table(comparison: Comparison, ranking: Ranking) -> tuple[list[str], li
                 f"{place.score:.4f}",
                 f"{place.low:.4f} to {place.high:.4f}",
                 *([_other(standing, other[0])] if other else []),
-                *_costs(standing),
+                *_costs(standing, place.cost["memory"]),
             ]
         )
     for name, reason in ranking.failed:
@@ -222,16 +225,14 @@ def _other(standing: Standing, metric: str) -> str:
     return f"{sum(values) / len(values):.4f}" if values else ""
 
 
-def _costs(standing: Standing) -> list[str]:
+def _costs(standing: Standing, memory: float | None) -> list[str]:
     results = [result for _, result in standing.seeds if result.measured is not None]
-    # Where an accelerator computed, its memory is what is scarce.
-    peaks = [most for result in results if (most := result.peak_device_bytes or result.peak_rss_bytes) is not None]
     extra = max((result.extra_steps for result in results), default=0)
     return [
         f"{max(result.steps for result in results)}" + (f" + {extra} of a trial" if extra else ""),
         _mean([result.total_seconds for result in results]),
         _mean([result.seconds for result in results]),
-        f"{max(peaks) / 2**30:.2f} GiB" if peaks else "",
+        "" if memory is None else f"{memory / 2**30:.2f} GiB",
         f"{results[-1].trainable:,}",
     ]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.cli.exits import StoppedError
 from lorafit.errors import MissingExtraError
-from lorafit.training import memory
+from lorafit.training import costs
 
 if TYPE_CHECKING:
     from lorafit.cli.screen import Screen
@@ -47,7 +47,7 @@ def finish(settings: Settings, command: str, screen: Screen) -> None:
         raise StoppedError
     report = _report(outcome, settings, screen)
     screen.table(("", "before", "after"), _figures(outcome), right=(1, 2))
-    screen.say(_costs(outcome))
+    screen.say(costs.line(outcome))
     if outcome.sheets:
         screen.say(f"samples: {outcome.sheets[-1]}", whole=True)
     screen.say(f"adapter: {outcome.adapter}", whole=True)
@@ -88,14 +88,6 @@ def _figures(outcome: Outcome) -> list[tuple[str, str, str]]:
         for name, before, after in pairs
         if before is not None and after is not None
     ]
-
-
-def _costs(outcome: Outcome) -> str:
-    steps = f"{outcome.steps - outcome.resumed_from:,} steps"
-    if outcome.resumed_from:
-        steps += f" (after {outcome.resumed_from:,} of an earlier start)"
-    peak = memory.told(outcome.peak_rss_bytes, outcome.peak_device_bytes)
-    return f"{steps} in {outcome.train_seconds:.1f} s; {outcome.seconds:.1f} s in all{peak}"
 
 
 def _report(outcome: Outcome, settings: Settings, screen: Screen) -> Path | None:

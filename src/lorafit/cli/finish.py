@@ -14,7 +14,7 @@ from lorafit.cli.exits import MEND, StoppedError
 from lorafit.cli.quiet import quiet
 from lorafit.cli.screen import Screen
 from lorafit.errors import MissingExtraError
-from lorafit.training import memory
+from lorafit.training import costs
 
 if TYPE_CHECKING:
     from lorafit.report.summary import Summary
@@ -165,12 +165,8 @@ def _figures(outcome: Outcome, summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def _costs(outcome: Outcome, summary: Summary) -> str:
-    rate = "" if summary.tokens_per_second is None else f", {summary.tokens_per_second:,.0f} tokens/s"
-    peak = memory.told(outcome.peak_rss_bytes, outcome.peak_device_bytes)
-    steps = f"{outcome.steps - outcome.resumed_from:,} steps"
-    if outcome.resumed_from:
-        steps += f" (after {outcome.resumed_from:,} of an earlier start)"
-    return f"{steps} in {outcome.train_seconds:.1f} s{rate}; {outcome.seconds:.1f} s in all{peak}"
+    rate = summary.tokens_per_second
+    return costs.line(outcome, "" if rate is None else f"{rate:,.0f} tokens/s")
 
 
 def _as_json(outcome: Outcome, report: Path | None, summary: Summary | None) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Any, final
 
 from lorafit.errors import LorafitError
 from lorafit.report import write_report
-from lorafit.training import memory
-from lorafit.training.spans import duration
+from lorafit.training import costs
 from lorafit.training.verdict import Ways
 
 Say = Callable[[str], object]
@@ -68,7 +67,7 @@ class Ended:
     def lines(self) -> Iterator[str]:
         """All but the report and the last line."""
         yield from _table(self._figures())
-        yield self._costs()
+        yield costs.line(self, "" if self.rate is None else f"{self.rate:,.0f} examples/s")
         yield f"adapter: {self.adapter}"
         yield f"load it: lorafit.load(model, {self.adapter!r})"
         if self.sentence is not None:
@@ -95,14 +94,6 @@ class Ended:
         if self.accuracy_before is not None and self.accuracy_after is not None:
             rows.append(("accuracy", f"{self.accuracy_before:.1%}", f"{self.accuracy_after:.1%}"))
         return rows
-
-    def _costs(self) -> str:
-        rate = "" if self.rate is None else f", {self.rate:,.0f} examples/s"
-        peak = memory.told(self.peak_rss_bytes, self.peak_device_bytes)
-        steps = f"{self.steps - self.resumed_from:,} steps"
-        if self.resumed_from:
-            steps += f" (after {self.resumed_from:,} of an earlier start)"
-        return f"{steps} in {duration(self.train_seconds)}{rate}; {duration(self.seconds)} in all{peak}"
 
 
 def report(records: Path, page: Path, say: Say) -> Path | None:

@@ -191,7 +191,9 @@ def _facts(run: Run, summary: Summary) -> list[tuple[str, str]]:
         *facts,
         ("steps", text.count(summary.last_step)),
         ("time", text.duration(summary.seconds)),
-        ("peak memory", text.size(summary.peak_bytes if summary.device_bytes is None else summary.device_bytes)),
+        ("peak memory", text.size(summary.peak_bytes))
+        if summary.device_bytes is None
+        else ("peak memory on the device", text.size(summary.device_bytes)),
         ("trained numbers", text.count(summary.trainable)),
     ]
 

@@ -26,7 +26,7 @@ LAST = 0.25
 """The share of a run's steps whose training loss stands for that at its end."""
 
 
-class StoppedError(Exception):
+class StoppedThereError(Exception):
     """The run goes on from the very step at which it was stopped: there is nothing left to train."""
 
 
@@ -85,7 +85,7 @@ class Judging(TrainerCallback):
         """Evaluates the step that a run goes on from, if that was due there and the stop came first.
 
         Raises:
-            StoppedError: the run was stopped there because it overfits. The trainer looks at what it is told only
+            StoppedThereError: the run was stopped there because it overfits. The trainer looks at what it is told only
                 after a step, so it cannot be told otherwise.
         """
         there = 0 < state.global_step < state.max_steps and self._trainer.eval_dataset is not None
@@ -97,7 +97,7 @@ class Judging(TrainerCallback):
         elif self._stop:
             self.stopped = self._overfitting()
         if self.stopped is not None:
-            raise StoppedError
+            raise StoppedThereError
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if not self.add():

@@ -76,15 +76,3 @@ def peak_device_bytes() -> int | None:
 def peaks() -> Peaks:
     """What this process has used at most so far."""
     return {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes()}
-
-
-def told(rss: int | None, device: int | None) -> str:
-    """Both for people, to be put behind other figures; empty where neither is known.
-
-    >>> told(2**31, None), told(2**31, 5 * 2**30), told(None, None)
-    ('; peak memory 2.00 GiB', '; peak memory 5.00 GiB on the device, 2.00 GiB beside it', '')
-    """
-    parts = [f"{device / 2**30:.2f} GiB on the device"] if device is not None else []
-    if rss is not None:
-        parts.append(f"{rss / 2**30:.2f} GiB{' beside it' if parts else ''}")
-    return f"; peak memory {', '.join(parts)}" if parts else ""

@@ -29,7 +29,7 @@ from lorafit.training.config import Settings
 from lorafit.training.data import Data
 from lorafit.training.dropping import Trial, settle
 from lorafit.training.folder import open_folder
-from lorafit.training.judging import Judging, StoppedError
+from lorafit.training.judging import Judging, StoppedThereError
 from lorafit.training.measuring import Watch
 from lorafit.training.meter import peaks
 from lorafit.training.models import default_rate
@@ -184,7 +184,7 @@ class _Run:
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        except StoppedError:
+        except StoppedThereError:
             pass  # nothing left to train
         finally:
             bar.close()
