@@ -141,3 +141,17 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     for word in words:
         assert word in result.err
     assert not finished(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("dimension --of scor", "--of score"),
+        ("dimension --kind dit", "--kind did"),
+        ("dimension --of xyz", "--of gain"),
+        ("compare --metric acuracy", "--metric accuracy"),
+    ],
+)
+def test_a_word_that_is_nearly_right_is_mended_to_the_nearest(lorafit: Any, words: str, fix: str) -> None:
+    result = lorafit(*words.split())
+    assert result.status == 2 and result.err.rstrip().endswith(fix)

@@ -53,13 +53,14 @@ def go(wishes: Wishes, screen: Screen) -> None:
     quiet()
     with usage():
         if wishes.metric not in METRICS:
+            near = nearest(wishes.metric, METRICS)
             raise ConfigError(
                 "no such metric",
                 where="--metric",
                 found=repr(wishes.metric),
                 expected=" or ".join(METRICS),
-                near=nearest(wishes.metric, METRICS),
-                fix="--metric loss",
+                near=near,
+                fix=f"--metric {next(iter([*near, *METRICS]))}",
             )
         seconds = None if wishes.budget is None else read_duration(wishes.budget)
         made = _candidates(wishes, list(METHODS), screen)

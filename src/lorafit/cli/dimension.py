@@ -170,13 +170,14 @@ def _one(option: str, word: str, choices: Sequence[tuple[str, Any]]) -> Any:
     known = dict(choices)
     if word.lower() in known:
         return known[word.lower()]
+    near = nearest(word.lower(), known)
     raise ConfigError(
         "an option has a value it cannot have",
         where=option,
         found=repr(word),
         expected=" or ".join(known),
-        near=nearest(word.lower(), known),
-        fix=f"{option} {next(iter(known))}",
+        near=near,
+        fix=f"{option} {next(iter([*near, *known]))}",
     )
 
 
