@@ -159,7 +159,8 @@ class Trials:
 
     def place(self, candidate: Candidate, rate: float, seed: int) -> Path:
         """The folder of a run."""
-        return self.folder / "runs" / self.subject.word / candidate.name / f"rate-{rate:.2g}" / f"seed-{seed}"
+        of_it = self.folder / f"runs-of-{self.steps}-steps" / self.subject.word / candidate.name
+        return of_it / f"rate-{rate:.2g}" / f"seed-{seed}"
 
     def ran(self, candidate: Candidate, rate: float, seed: int) -> dict[str, Any]:
         """What became of a run; it is run where it was not, and goes on from its checkpoint after a kill.
