@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import child, dreambooth_measure, machine, stored, vision_packages
 from benchmarks.dreambooth_page import section
-from benchmarks.dreambooth_trials import ALONE, CANDIDATES, LORA, Candidate, Pretrained, Trials, best
+from benchmarks.dreambooth_trials import ALONE, CANDIDATES, CLASS, LORA, Candidate, Pretrained, Trials, best
 from benchmarks.keeping import short
 from benchmarks.machine import ROOT
 from benchmarks.stored import ResultsError, say
@@ -95,7 +95,12 @@ class Comparison:
 
     def _trials(self, word: str) -> Trials:
         return Trials(
-            self.pretrained, self.pretrained.subject(word), self.work, self.options.steps, self.options.threads
+            self.pretrained,
+            self.pretrained.subject(word),
+            self.work,
+            self.options.steps,
+            self.options.threads,
+            dreambooth_measure.to_keep(self.pretrained.learnt()),
         )
 
     def found(self, chosen: Sequence[Candidate]) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class Comparison:
                 **{name: vars(self.options)[name] for name in (*DEFAULTS, "subject", "second")},
                 "instance_prompt": self.trials.subject.instance_prompt,
                 "class_prompt": self.trials.subject.class_prompt,
+                "keep_prompts": list(self.trials.keep),
                 "pixels": self.pretrained.pixels,
                 "diffusers": metadata.version("diffusers"),
             },
@@ -196,7 +202,7 @@ class Comparison:
             pretrained=str(self.pretrained.folder),
             word=self.options.subject,
             samples=samples,
-            shown=[name for name in (LORA, ALONE) if name in rates],
+            shown=[name for name in (LORA, CLASS, ALONE) if name in rates],
             strengths=strengths,
             strips=str(self.work / "strengths"),
             folder=str(Path(self.options.pictures).resolve()),

@@ -28,6 +28,8 @@ OTHERS = ("1f600", "1f34e", "1f697", "1f333", "1f3e0", "26bd", "1f436", "1f42f")
 """Emoji of the other prompts: a face, an apple, a car, a tree, a house, a ball; a dog and a tiger, which are kin."""
 KEPT, NOISES = 32, 8
 """Learnt pictures whose error is measured, and noises for each picture."""
+TOLD = 32
+"""Other prompts that a run is told to keep."""
 
 
 def constants() -> list[float]:
@@ -50,6 +52,18 @@ def others(learnt: Sequence[Mapping[str, Any]]) -> list[str]:
     """The captions of the other prompts."""
     chosen = [row["caption"] for row in learnt if row["file"] in OTHERS]
     return chosen or [row["caption"] for row in learnt[: len(OTHERS)]]
+
+
+def to_keep(learnt: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Captions that a run may be told to keep: of learnt pictures by which nothing is measured."""
+    measured = {*OTHERS, *(row["file"] for row in _kept(learnt))}
+    free = [row["caption"] for row in learnt if row["file"] not in measured]
+    return tuple(dict.fromkeys(free[:: max(1, len(free) // TOLD)]))[:TOLD]
+
+
+def _kept(learnt: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The learnt pictures whose error is measured."""
+    return learnt[:: max(1, len(learnt) // KEPT)][:KEPT]
 
 
 def of_the_class(subject: Subject, learnt: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -202,7 +216,7 @@ def errors(pipe: Any, subject: Subject, learnt: Sequence[Mapping[str, Any]]) -> 
     from lorafit.rest import at_rest
 
     kind = family(pipe)
-    kept = learnt[:: max(1, len(learnt) // KEPT)][:KEPT]
+    kept = _kept(learnt)
     unseen = sorted(subject.unseen.glob("*.png"))
     sides = {
         "subject": (unseen, [subject.instance_prompt] * len(unseen)),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dreambooth_trials import ALONE, LORA
+from benchmarks.dreambooth_trials import ALONE, CLASS, LORA
 from benchmarks.sections import MIB, NOTHING, table, wrapped
 from benchmarks.stored import ResultsError
 
@@ -87,8 +87,17 @@ def _started(about: Kept, settings: Kept) -> str:
         f"no word for one was among them; what the autoencoder makes of pictures is {about['decibels']['learnt']:.1f} "
         f"dB from those it has learnt, and {about['decibels'][word]:.1f} dB from the {word}s. `lorafit dreambooth` is "
         f"given five pictures under “{settings['instance_prompt']}” and, for the prior, pictures that the pipeline "
-        f"itself draws under “{settings['class_prompt']}”."
+        f"itself draws under “{settings['class_prompt']}”{_kept(settings)}."
     )
+
+
+def _kept(settings: Kept) -> str:
+    """What else it is told to keep."""
+    keep = settings["keep_prompts"]
+    if not keep:
+        return ""
+    what = f"the caption “{keep[0]}”" if len(keep) == 1 else f"{len(keep)} captions such as “{keep[0]}”"
+    return f" and, to be kept as well, under {what}, by which nothing is measured"
 
 
 def _asked(plan: Kept) -> str:
@@ -202,18 +211,19 @@ def _told(found: Kept) -> Iterator[str]:
 
 
 def _prior(found: Kept, drifts: Mapping[str, Kept]) -> Iterator[str]:
-    """What pictures of the class are good for."""
-    if ALONE not in drifts or LORA not in drifts:
-        return
+    """What pictures of the class and of other things are good for."""
     pairs = {frozenset((each["name"], each["other"])): each for each in found["ranking"]["drift"]["differences"]}
-    clear = pairs[frozenset((ALONE, LORA))]["significant"]
     by = {one["name"]: one for one in found["candidates"]}
-    lost = [_mean([_nearer(each["class_near"], None) for each in by[name]["seeds"]]) for name in (ALONE, LORA)]
-    yield (
-        f"Without pictures of the class the drift is {drifts[ALONE]['score']:.3f}, with them "
-        f"{drifts[LORA]['score']:.3f} ({'a' if clear else 'no'} significant difference); of the class's own samples "
-        f"{lost[0]:.0%} are nearer to the subject without them, {lost[1]:.0%} with them"
-    )
+    for name, without in ((ALONE, "any pictures beside the subject's"), (CLASS, "pictures of other things")):
+        if name not in drifts or LORA not in drifts:
+            continue
+        clear = pairs[frozenset((name, LORA))]["significant"]
+        lost = [_mean([_nearer(each["class_near"], None) for each in by[one]["seeds"]]) for one in (name, LORA)]
+        yield (
+            f"Without {without} the drift of other prompts is {drifts[name]['score']:.3f}, with them "
+            f"{drifts[LORA]['score']:.3f} ({'a' if clear else 'no'} significant difference); of the class's own "
+            f"samples {lost[0]:.0%} are nearer to the subject without them, {lost[1]:.0%} with them"
+        )
 
 
 def _edges(candidates: Sequence[Kept]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -47,6 +48,7 @@ class Candidate:
         rate: the first one that is tried.
         like: a candidate whose rate it takes instead of a search of its own.
         prior: whether pictures of the class are trained on, too.
+        kept: whether pictures of other things are among those.
     """
 
     name: str
@@ -54,9 +56,11 @@ class Candidate:
     rate: float = 1e-3
     like: str | None = None
     prior: bool = True
+    kept: bool = True
 
 
 LORA = "lora"
+CLASS = "lora-class-alone"
 ALONE = "lora-no-prior"
 CANDIDATES: Mapping[str, Candidate] = {
     one.name: one
@@ -67,6 +71,7 @@ CANDIDATES: Mapping[str, Candidate] = {
         Candidate("vera", ("--method", "vera", "--r", "64"), rate=3e-2),
         Candidate("adalora", ("--method", "adalora", "--init-r", "12", "--target-r", "8"), rate=3e-3),
         Candidate("lora-text", ("--method", "lora", "--r", "8", "--train-text-encoder"), like=LORA),
+        Candidate(CLASS, ("--method", "lora", "--r", "8"), like=LORA, kept=False),
         Candidate(ALONE, ("--method", "lora", "--r", "8"), like=LORA, prior=False),
     )
 }
@@ -149,6 +154,7 @@ class Trials:
         folder: where they are kept.
         steps: of each.
         threads: of torch.
+        keep: what is to stay as it is beside the class.
     """
 
     pretrained: Pretrained
@@ -156,10 +162,12 @@ class Trials:
     folder: Path
     steps: int
     threads: int
+    keep: tuple[str, ...]
 
     def place(self, candidate: Candidate, rate: float, seed: int) -> Path:
-        """The folder of a run."""
-        of_it = self.folder / f"runs-of-{self.steps}-steps" / self.subject.word / candidate.name
+        """The folder of a run; of one with other steps or prompts it is another."""
+        shared = hashlib.sha256(json.dumps([self.steps, BATCH, CLASS_PICTURES, self.keep]).encode()).hexdigest()
+        of_it = self.folder / f"runs-{shared[:8]}" / self.subject.word / candidate.name
         return of_it / f"rate-{rate:.2g}" / f"seed-{seed}"
 
     def ran(self, candidate: Candidate, rate: float, seed: int) -> dict[str, Any]:
@@ -204,11 +212,13 @@ class Trials:
             return None
 
     def command(self, candidate: Candidate, rate: float, seed: int) -> list[str]:
-        """The command of a run. All runs with a class share its pictures, which are drawn once."""
-        drawn = self.folder / "class" / re.sub(r"\W+", "-", self.subject.class_prompt)
+        """The command of a run. All runs that keep the same share its pictures, which are drawn once."""
+        keep = self.keep if candidate.kept else ()
+        drawn = self.folder / ("class-and-others" if keep else "class") / re.sub(r"\W+", "-", self.subject.class_prompt)
         prior = (
             *("--class-prompt", self.subject.class_prompt, "--class-images", str(drawn)),
             *("--num-class-images", str(CLASS_PICTURES)),
+            *(word for prompt in keep for word in ("--keep-prompt", prompt)),
         )
         return [
             *("dreambooth", "--pipeline", str(self.pretrained.pipeline), "--instance-images", str(self.subject.seen)),

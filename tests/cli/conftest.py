@@ -218,7 +218,7 @@ def learning(pipeline: Path, discs: Path) -> list[str]:
         "--resolution 16 --num-class-images 3 --max-steps 6 --learning-rate 5e-2 --r 4 --sample-every 3 "
         "--sample-count 2 --sample-steps 2 --evaluate-every 3 --evaluation-draws 2 --save-every 3"
     )
-    prompts = ["--instance-prompt", "a sks disc", "--class-prompt", "a disc"]
+    prompts = ["--instance-prompt", "a sks disc", "--class-prompt", "a disc", "--keep-prompt", "a square"]
     return ["dreambooth", "--pipeline", str(pipeline), "--instance-images", str(discs), *prompts, *options.split()]
 
 

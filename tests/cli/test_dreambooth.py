@@ -54,7 +54,7 @@ def test_the_report_shows_sheets_and_pictures(learnt: Learnt) -> None:
     said = re.findall(r'<img[^>]*alt="([^"]*)"', page)
     assert len(said) == 3 + 3 + 3, "sheets, the subject, the class"
     assert "“a sks disc”" in page and "before training, step 0" in page and "after training, step 6" in page
-    assert "on 3 pictures of a subject, beside 3 pictures of its class, for 6 steps by lora" in page
+    assert "on 3 pictures of a subject, beside 3 pictures of its class and of 1 other prompt, for 6" in page
 
 
 def test_the_same_command_answers_at_once(learning: list[str], learnt: Learnt, lorafit: Run) -> None:
@@ -165,7 +165,8 @@ def test_help_names_what_it_takes(lorafit: Run) -> None:
     assert result.status == 0
     for option in (
         *("--pipeline", "--instance-images", "--instance-prompt", "--class-prompt", "--class-images", "--targets"),
-        *("--prior-loss-weight", "--train-text-encoder", "--sample-prompt", "--min-snr", "--gradient-checkpointing"),
+        *("--prior-loss-weight", "--keep-prompt", "--train-text-encoder", "--sample-prompt", "--min-snr"),
+        "--gradient-checkpointing",
     ):
         assert option in result.out, option
 

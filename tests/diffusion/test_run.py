@@ -15,6 +15,7 @@ import lorafit as lf
 
 pytest.importorskip("diffusers", reason="pipelines need diffusers")
 
+from lorafit.diffusion import heldout, prior
 from lorafit.diffusion.heldout import Held
 from lorafit.diffusion.pipelines import family, open_pipeline
 from lorafit.diffusion.pools import Pool, Pools
@@ -171,6 +172,31 @@ def test_class_pictures_are_used_drawn_and_not_mixed_up(train: Run, settings: Ru
     with pytest.raises(lf.ConfigError, match="drawn from something else"):
         train(settings(**{**given, "class_prompt": "a ring"}, output_dir=str(tmp_path / "other")))
     assert train(settings(**given, output_dir=str(tmp_path / "other"))).status == "done", "what failed is cleared up"
+
+
+def test_other_prompts_are_kept_beside_the_class(train: Run, settings: Run, tmp_path: Path) -> None:
+    place = tiny.discs(tmp_path / "class", 1, (20, 30, 200))
+    given = {"class_prompt": "a disc", "class_images": str(place), "keep_prompts": ["an apple", "a car"]}
+    said: list[str] = []
+    train(settings(**given, num_class_images=6), said)
+    drawn = [json.loads(Image.open(path).info["lorafit"])["prompt"] for path in sorted(place.glob("drawn-*.png"))]
+    assert drawn == ["a disc", "an apple", "a disc", "a car", "a disc"]
+    assert any("'a disc' and of 2 other prompts, into" in line for line in said)
+    run = settings(**given, num_class_images=6)
+    gallery, shown = prior.gather(None, run, said.append)  # nothing is missing: no pipeline is needed
+    assert shown == ["a disc", *drawn] and len(gallery.pictures) == 6
+    (place / "0.txt").write_text("a blue disc")
+    assert prior.gather(None, run, said.append)[1][0] == "a blue disc"
+    with pytest.raises(lf.ConfigError, match=r"drawn from something else[\s\S]*prompt 'an apple'[\s\S]*'a pear'"):
+        train(settings(**{**given, "keep_prompts": ["a pear"]}, output_dir=str(tmp_path / "other")))
+
+
+def test_the_loss_on_the_class_is_of_all_that_is_kept() -> None:
+    chosen = {tuple(heldout._chosen(64, 8, torch.Generator().manual_seed(seed))) for seed in range(5)}
+    assert len(chosen) == 5
+    for places in chosen:
+        assert [place // 8 for place in places] == list(range(8))
+    assert {place % 2 for places in chosen for place in places} == {0, 1}
 
 
 def test_pictures_that_come_to_a_shared_folder_later_change_nothing(train: Run, settings: Run, tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def test_later_layers_win() -> None:
         ({"r": "many"}, ["wrong type", "r"]),
         ({"d": 5}, ["unknown setting"]),
         ({"class_images": "c"}, ["class_prompt"]),
+        ({"keep_prompts": ["an apple"]}, ["class_prompt", "prompts to keep"]),
+        ({"keep_prompts": [""], "class_prompt": "a dog"}, ["keep_prompts"]),
         ({"text_encoder_lr": 1e-5}, ["train_text_encoder"]),
         ({"method": "dorra"}, ["unknown method"]),
         ({"lr_warmup_steps": 5}, ["constant_with_warmup"]),

@@ -8,6 +8,7 @@ import importlib
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,7 +99,7 @@ class Colours:
 
 def trials(folder: Path, tmp_path: Path) -> Trials:
     pretrained = Pretrained(folder)
-    return Trials(pretrained, pretrained.subject("cat"), tmp_path / "work", 200, 1)
+    return Trials(pretrained, pretrained.subject("cat"), tmp_path / "work", 200, 1, ("a picture of red apple",))
 
 
 def test_a_run_is_the_command_that_a_user_would_give(started: Path, tmp_path: Path) -> None:
@@ -107,10 +108,14 @@ def test_a_run_is_the_command_that_a_user_would_give(started: Path, tmp_path: Pa
     said = " ".join(command)
     assert command[0] == "dreambooth" and "--method dora --r 8" in said and "--resolution 32" in said
     assert "--class-prompt" in command and "--seed 2" in said and "--learning-rate 0.001" in said
+    assert "--keep-prompt a picture of red apple" in said
     assert "--class-prompt" not in own.command(CANDIDATES["lora-no-prior"], 1e-3, 2)
+    alone = own.command(CANDIDATES["lora-class-alone"], 1e-3, 2)
+    assert "--class-prompt" in alone and "--keep-prompt" not in alone
     # Pictures of the class are drawn once for the runs of all seeds.
     commands = [own.command(CANDIDATES[LORA], 1e-3, seed) for seed in (0, 1)]
-    assert len({one[one.index("--class-images") + 1] for one in commands}) == 1
+    assert len({one[one.index("--class-images") + 1] for one in (*commands, command)}) == 1
+    assert alone[alone.index("--class-images") + 1] not in said
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
@@ -122,8 +127,10 @@ def test_the_options_of_a_run_are_settings(started: Path, tmp_path: Path, name: 
     while words:
         key = words.pop(0)
         value = words.pop(0) if words and not words[0].startswith("--") else True
-        flags[key.removeprefix("--")] = value
+        flags[key.removeprefix("--")] = [value] if key == "--keep-prompt" else value
     del flags["json"]
+    if "keep-prompt" in flags:
+        flags["keep_prompts"] = flags.pop("keep-prompt")
     settings = resolve([("the test", flags)], lambda _: None)
     assert settings.max_steps == 200 and settings.method == CANDIDATES[name].options[1]
 
@@ -148,6 +155,10 @@ def test_a_finished_run_is_not_run_again(started: Path, tmp_path: Path, monkeypa
     assert dreambooth_trials.best(search, LORA) == 3.16e-3
     assert own.ran(CANDIDATES[LORA], search[1]["rate"], 0)["trainable"] == 1234
     assert len(calls) == 3
+    place = own.place(CANDIDATES[LORA], search[1]["rate"], 0)
+    longer = replace(own, steps=600)
+    assert (place / "benchmark.json").is_file()
+    assert not (longer.place(CANDIDATES[LORA], search[1]["rate"], 0) / "benchmark.json").is_file(), "of other steps"
 
 
 def test_a_run_that_fails_is_told_with_its_last_words(
@@ -233,6 +244,16 @@ def test_drift_is_taken_from_the_same_seeds(started: Path, tmp_path: Path) -> No
     assert found["features"][-1] > 0.1 and found["pixels"][-1] > 0.1
 
 
+def test_what_is_kept_is_not_what_is_measured() -> None:
+    learnt = [{"file": f"{number:x}", "caption": f"thing {number}"} for number in range(100)]
+    learnt += [{"file": file, "caption": f"measured {file}"} for file in dreambooth_measure.OTHERS]
+    keep = dreambooth_measure.to_keep(learnt)
+    assert len(keep) == len(set(keep)) == dreambooth_measure.TOLD and not any(one.startswith("me") for one in keep)
+    step = len(learnt) // dreambooth_measure.KEPT
+    assert not {row["caption"] for row in learnt[::step]} & set(keep)
+    assert dreambooth_measure.to_keep(learnt[:3]) == (), "all of a few are measured"
+
+
 def test_each_prompt_is_drawn_once_with_all_its_seeds(started: Path) -> None:
     pretrained = Pretrained(started)
     listed = dreambooth_measure.jobs(pretrained.subject("cat"), dreambooth_measure.others(pretrained.learnt()))
@@ -298,10 +319,15 @@ def kept(started: Path, tmp_path: Path) -> Path:
             "name": name,
             "options": list(CANDIDATES[name].options),
             "rate": 1e-3,
-            "search": [] if name == "lora-no-prior" else [{"rate": rate, "loss": 0.5} for rate in (3e-4, 1e-3)],
+            "search": [] if CANDIDATES[name].like else [{"rate": rate, "loss": 0.5} for rate in (3e-4, 1e-3)],
             "seeds": [measured(seed, subject, drift) for seed in range(3)],
         }
-        for name, subject, drift in ((LORA, 0.2, 0.1), ("dora", 0.25, 0.12), ("lora-no-prior", 0.15, 0.4))
+        for name, subject, drift in (
+            (LORA, 0.2, 0.1),
+            ("dora", 0.25, 0.12),
+            ("lora-no-prior", 0.15, 0.4),
+            ("lora-class-alone", 0.18, 0.3),
+        )
     ]
     scales = [{"scale": scale, "near": near(0.6 - 0.3 * scale, 0.3), "sample": "x.png"} for scale in (0.0, 1.0)]
     found = {
@@ -309,6 +335,7 @@ def kept(started: Path, tmp_path: Path) -> Path:
         "settings": {
             "rates": 2, "seeds": 3, "steps": 200, "subject": "cat", "second": "monkey", "pixels": 32,
             "instance_prompt": "a picture of sks face", "class_prompt": "a picture of face", "diffusers": "0.42.1",
+            "keep_prompts": ["a picture of red apple, food fruit"],
         },
         "before": before,
         "reference": {"real": near(0.12, 0.33), "another_seed": {"features": [0.35], "pixels": [0.2]}},
@@ -345,7 +372,10 @@ def test_the_section_says_what_was_kept(kept: Path) -> None:
     said = " ".join(text.split())
     assert "Real pictures of the subject that nothing was shown are 0.120 from the five, and 0.330" in said
     assert "another seed alone changes a sample by 0.350" in said and "highest rate" in said
-    assert "Without pictures of the class the drift is" in said
+    assert "under 1 captions such as “a picture of red apple, food fruit”" not in said, "one is no several"
+    assert "under the caption “a picture of red apple, food fruit”" in said
+    assert "Without any pictures beside the subject's the drift of other prompts is" in said
+    assert "Without pictures of other things the drift" in said
     assert "--minutes 20 --pixels 32" in text and "pictures/dreambooth-cat-subject.png" in text
     assert "dreambooth-cat-prior.png" not in text  # was not drawn
     assert "3.0 million numbers" in said and "in 20 minutes" in said
@@ -382,8 +412,15 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 def test_candidates_come_in_the_order_of_their_distance(kept: Path) -> None:
     found = json.loads((kept / "dreambooth-cat.json").read_text())["found"]
     again = dreambooth.ranking(found["before"], copy.deepcopy(found["candidates"]))
-    assert [place["name"] for place in again["near"]["places"]] == ["lora-no-prior", "lora", "dora", "before"]
-    assert [place["name"] for place in again["drift"]["places"]] == ["lora", "dora", "lora-no-prior"]
+    assert [place["name"] for place in again["near"]["places"]] == [
+        "lora-no-prior", "lora-class-alone", "lora", "dora", "before",
+    ]  # fmt: skip
+    assert [place["name"] for place in again["drift"]["places"]] == [
+        "lora",
+        "dora",
+        "lora-class-alone",
+        "lora-no-prior",
+    ]
 
 
 # All of it ---------------------------------------------------------------------------
@@ -437,7 +474,16 @@ def test_all_of_it_on_an_untrained_pipeline(
     monkeypatch.setattr(dreambooth_measure, "SAMPLES", 4)
     monkeypatch.setattr(dreambooth_trials, "CLASS_PICTURES", 4)
     monkeypatch.setattr(dreambooth, "SCALES", (0.0, 1.0))
-    arguments = ["--rates", "1", "--seeds", "1", "--steps", "2", "--candidates", "lora,lora-no-prior,vera"]
+    arguments = [
+        "--rates",
+        "1",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--candidates",
+        "lora,lora-class-alone,lora-no-prior,vera",
+    ]
     places = [
         "--data",
         str(tmp_path / "work"),

@@ -84,6 +84,16 @@ def dreambooth(
             rich_help_panel=PICTURES,
         ),
     ] = None,
+    keep_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-prompt",
+            metavar="TEXT",
+            help="What else is to stay as it is, beside the class; give it several times. Every other class picture "
+            "is drawn for one of these.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
     num_class_images: Annotated[
         int | None,
         typer.Option("--num-class-images", help="So many of them. Default: 100.", rich_help_panel=PICTURES),

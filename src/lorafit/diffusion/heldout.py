@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -32,7 +33,7 @@ class Held:
         pool: the pictures.
         family: of the pipeline.
         settings: of the run.
-        most: so many pictures at most, evenly chosen.
+        most: so many pictures at most: one out of each of as many equal parts of the pool.
     """
 
     def __init__(self, name: str, pool: Pool, family: Family, settings: Settings, *, most: int | None = None) -> None:
@@ -41,7 +42,7 @@ class Held:
         random = generator(settings.seed, "held out", name)
         latents: list[Tensor] = []
         self.prompts: list[str] = []
-        for place in (number * len(pool) // count for number in range(count)):
+        for place in _chosen(len(pool), count, generator(settings.seed, "chosen", name)):
             latents += [pool.middle(family, place)] * draws
             self.prompts += [pool.prompts[place]] * draws
         self._latents = torch.stack(latents)
@@ -65,6 +66,17 @@ class Held:
                 losses = family.error(self._latents[rows], condition, self._noise[rows], self._shares[rows])
                 found += losses.cpu().double().tolist()
         return found
+
+
+def _chosen(length: int, count: int, random: torch.Generator) -> list[int]:
+    """One place out of each of `count` equal parts of `range(length)`.
+
+    >>> _chosen(3, 3, torch.Generator())
+    [0, 1, 2]
+    """
+    # Not the first of each part: where every other picture is of another prompt, that could be one prompt's alone.
+    ends = [number * length // count for number in range(count + 1)]
+    return [begin + int(torch.randint(end - begin, (1,), generator=random)) for begin, end in pairwise(ends)]
 
 
 def mean(losses: Sequence[float]) -> float:

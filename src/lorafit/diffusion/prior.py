@@ -2,7 +2,8 @@
 
 Each drawn picture is written whole or not at all under a number, with what it was drawn from in the file: a run that is
 stopped goes on with the ones that are missing, and pictures of another pipeline or prompt are not taken for these. The
-number alone chooses the noise, not the run's seed: runs of any seed share a folder, and the pictures in it.
+number alone chooses the noise, not the run's seed: runs of any seed share a folder, and the pictures in it. It also
+chooses the prompt, where others than the class's are to be kept.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ ORIGIN = "lorafit"
 """The key in a PNG file under which it says what it was drawn from."""
 
 
-def gather(pipe: Any, settings: Settings, notify: Notify) -> Gallery:
-    """The pictures of the class that a run uses; those that are missing are drawn, and kept.
+def gather(pipe: Any, settings: Settings, notify: Notify) -> tuple[Gallery, list[str]]:
+    """The pictures of the class that a run uses, and what each shows; those that are missing are drawn, and kept.
 
     Args:
         pipe: the pipeline, without adapters.
@@ -56,7 +57,11 @@ def gather(pipe: Any, settings: Settings, notify: Notify) -> Gallery:
         _draw_missing(
             pipe, settings, {number for path in there if (number := _number(path)) is not None}, there, notify
         )
-    return read_gallery(folder, "class pictures", size=settings.resolution, most=wanted)
+    gallery = read_gallery(folder, "class pictures", size=settings.resolution, most=wanted)
+    shown = [_prompt(settings, _number(each.path)) for each in gallery.pictures]
+    return gallery, [
+        said if each.caption is None else each.caption for each, said in zip(gallery.pictures, shown, strict=True)
+    ]
 
 
 def _number(path: Path) -> int | None:
@@ -74,9 +79,10 @@ def _draw_missing(pipe: Any, settings: Settings, drawn: set[int], there: list[Pa
         if candidate not in drawn:
             numbers.append(candidate)
         candidate += 1
-    assert settings.class_prompt is not None
     what = "1 picture" if missing == 1 else f"{missing} pictures"
-    notify(f"draws {what} of the class: {settings.class_prompt!r}, into {settings.prior_folder}")
+    kept = len(settings.keep_prompts)
+    also = f" and of {kept} other prompt{'' if kept == 1 else 's'}" if kept else ""
+    notify(f"draws {what} of the class: {settings.class_prompt!r}{also}, into {settings.prior_folder}")
     started = time.perf_counter()
     for done, number in enumerate(numbers):  # one by one: a picture that is drawn again is the same to the bit
         if done == 1:
@@ -84,13 +90,24 @@ def _draw_missing(pipe: Any, settings: Settings, drawn: set[int], there: list[Pa
             notify(f"the others will take about {duration(seconds)}; after Ctrl-C those that are drawn stay")
         (image,) = draw(
             pipe,
-            [settings.class_prompt],
+            [_prompt(settings, number)],
             seeds=[_seed(number)],
             steps=settings.sample_steps,
             guidance=settings.guidance,
             size=settings.resolution,
         )
         _write(image, settings.prior_folder / f"{DRAWN}{number:06d}{PNG}", _origin(settings, number))
+
+
+def _prompt(settings: Settings, number: int | None) -> str:
+    """What a drawn picture shows, and one that was not drawn here and says nothing of itself: the class.
+
+    With prompts to keep every other drawn picture is of those, in turn.
+    """
+    assert settings.class_prompt is not None
+    if number is None or number % 2 == 0 or not settings.keep_prompts:
+        return settings.class_prompt
+    return settings.keep_prompts[number // 2 % len(settings.keep_prompts)]
 
 
 def _seed(number: int) -> int:
@@ -102,7 +119,7 @@ def _origin(settings: Settings, number: int) -> dict[str, Any]:
     place = Path(settings.pipeline)
     return {
         "pipeline": str(place.resolve()) if place.is_dir() else settings.pipeline,
-        "prompt": settings.class_prompt,
+        "prompt": _prompt(settings, number),
         "seed": _seed(number),
         "steps": settings.sample_steps,
         "guidance": settings.guidance,

@@ -78,6 +78,9 @@ def _several(prompts: Any) -> Any:
     return [prompts] if isinstance(prompts, str) else prompts
 
 
+Prompt = Annotated[str, Field(min_length=1)]
+
+
 class Settings(BaseModel):
     """Everything that a DreamBooth run depends on.
 
@@ -87,7 +90,9 @@ class Settings(BaseModel):
         instance_prompt: what they show ("a photo of sks dog"); a picture with a .txt file beside it has that instead.
         class_images: the folder of pictures of the class; missing ones are drawn into it. None is `class/` of the run.
         class_prompt: what the class is called ("a photo of a dog"); None trains without prior preservation.
-        num_class_images: so many pictures of the class are used.
+        keep_prompts: what else is to stay as it is, beside the class: every other class picture shows one of these,
+            in turn.
+        num_class_images: so many pictures of the class are used, those of `keep_prompts` among them.
         prior_loss_weight: the weight λ of their loss.
         eval_images: pictures of the subject that are not trained on, for the held-out loss; None: the training
             pictures under noises that training never draws.
@@ -131,6 +136,7 @@ class Settings(BaseModel):
     instance_prompt: str = Field(min_length=1)
     class_images: str | None = None
     class_prompt: str | None = Field(default=None, min_length=1)
+    keep_prompts: Annotated[list[Prompt], BeforeValidator(_several)] = Field(default_factory=list)
     num_class_images: int = Field(default=100, ge=1)
     prior_loss_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     eval_images: str | None = None
@@ -248,6 +254,14 @@ def _check(settings: Settings) -> None:
             where="class_prompt",
             found="nothing",
             expected="what the pictures of the class show",
+            fix='--class-prompt "a photo of a dog"',
+        )
+    if settings.keep_prompts and settings.class_prompt is None:
+        raise ConfigError(
+            "there are prompts to keep, and none for the class",
+            where="class_prompt",
+            found="nothing",
+            expected="what the subject is one of, which is kept first",
             fix='--class-prompt "a photo of a dog"',
         )
     if settings.text_encoder_learning_rate is not None and not settings.train_text_encoder:

@@ -125,9 +125,15 @@ def _from(run: Run, summary: Summary) -> str:
     on = ""
     if type(count) is int:
         on = f" on {_many(count, 'picture')} of a subject"
-        on += f", beside {_many(prior, 'picture')} of its class," if type(prior) is int and prior else ""
+        on += f", beside {_many(prior, 'picture')} of its class{_kept(run)}," if type(prior) is int and prior else ""
     steps = summary.last_step
     return on + ("" if steps is None else f" for {_many(steps, 'step')}")
+
+
+def _kept(run: Run) -> str:
+    """The other prompts that pictures beside those of the class were drawn for."""
+    kept = run.config.get("keep_prompts")
+    return f" and of {_many(len(kept), 'other prompt')}" if isinstance(kept, list) and kept else ""
 
 
 def _many(count: int, word: str) -> str:
