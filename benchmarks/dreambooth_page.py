@@ -65,8 +65,8 @@ def _part(one: Kept) -> Iterator[str]:
         if name in found["pictures"]:
             yield f"![{what}](pictures/{name})\n"
     yield wrapped(
-        "At strength 0 a row shows the pipeline as it was. The sums are exact (`combine`); in brackets the samples' "
-        "mean distance to the five pictures that the subject was learnt from:"
+        "At strength 0 a row shows the pipeline as it was. The sums are exact (`combine`). The samples' mean distance "
+        "to the five pictures that the subject was learnt from:"
     )
     yield ""
     yield _strengths(found["strengths"])
