@@ -97,6 +97,9 @@ def test_merged_it_is_diffusers_fused_to_the_bit(tmp_path: Path, name: str, fact
         assert mine.keys() == other.keys()
         different = [key for key in mine if not torch.equal(mine[key], other[key])]
         assert different == [], f"{part}: {different[:3]}"
+        # diffusers freezes what it loads; some processors' kernels differ in the last bit between frozen and not.
+        getattr(ours, part).requires_grad_(False)
+        getattr(theirs, part).requires_grad_(False)
     assert torch.equal(tiny.denoised(ours), tiny.denoised(theirs))
     mine, other = (draw(pipe, ["a disc"], seeds=[0, 1], steps=2, size=16) for pipe in (ours, theirs))
     assert [image.tobytes() for image in mine] == [image.tobytes() for image in other]
