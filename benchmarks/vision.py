@@ -2,7 +2,7 @@
 
 EfficientNet-Lite0 on Fashion-MNIST and on the categories of Noto's emoji, and all-MiniLM-L6-v2 on movie sentences, as
 classes and as ratings (`lorafit compare`). Each run has a process of its own; what is done is kept, and the same
-command goes on after a kill. On two quiet cores about 35 minutes for the pictures and 30 for the sentences.
+command goes on after a kill. On two quiet cores about 40 minutes for the pictures and 30 for the sentences.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ on movie sentences; and a small diffusion model that learns a subject from five 
 sentences come out of packages; they are fetched, never shipped. Budgets are small, so that a run takes half a minute on
 two cores: what is said here holds for such budgets. This page is written by a program from the JSON files of
 `benchmarks/results/vision`, which have commit, versions, machine, seeds and every test record's loss. To measure again,
-about 35 minutes for the pictures, 30 for the sentences:
+about 40 minutes for the pictures, 30 for the sentences:
 
 ```bash
 python -m benchmarks vision

@@ -183,12 +183,23 @@ def test_other_prompts_are_kept_beside_the_class(train: Run, settings: Run, tmp_
     assert drawn == ["a disc", "an apple", "a disc", "a car", "a disc"]
     assert any("'a disc' and of 2 other prompts, into" in line for line in said)
     run = settings(**given, num_class_images=6)
-    gallery, shown = prior.gather(None, run, said.append)  # nothing is missing: no pipeline is needed
-    assert shown == ["a disc", *drawn] and len(gallery.pictures) == 6
+    assert "class: 6 pictures, 2 with a caption of their own" in said
+    gallery = prior.gather(None, run, said.append)  # nothing is missing: no pipeline is needed
+    assert gallery.captions("a disc") == ["a disc", *drawn]
     (place / "0.txt").write_text("a blue disc")
-    assert prior.gather(None, run, said.append)[1][0] == "a blue disc"
+    assert prior.gather(None, run, said.append).captions("a disc") == ["a blue disc", *drawn]
     with pytest.raises(lf.ConfigError, match=r"drawn from something else[\s\S]*prompt 'an apple'[\s\S]*'a pear'"):
         train(settings(**{**given, "keep_prompts": ["a pear"]}, output_dir=str(tmp_path / "other")))
+
+
+def test_no_prompt_to_keep_is_left_without_a_picture(train: Run, settings: Run, tmp_path: Path) -> None:
+    place = tiny.discs(tmp_path / "class", 2, (20, 30, 200))
+    given = {"class_prompt": "a disc", "keep_prompts": ["an apple", "a car"]}
+    with pytest.raises(lf.ConfigError, match=r"num_class_images[\s\S]*at least 4"):
+        train(settings(**given, num_class_images=3))
+    with pytest.raises(lf.ConfigError, match=r"beside 2 in[\s\S]*--num-class-images 6"):
+        train(settings(**given, class_images=str(place), num_class_images=5))
+    assert sorted(path.name for path in place.iterdir()) == ["0.png", "1.png"], "told before anything is drawn"
 
 
 def test_the_loss_on_the_class_is_of_all_that_is_kept() -> None:

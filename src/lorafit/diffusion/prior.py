@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lorafit import files
 from lorafit.diffusion.drawing import draw
 from lorafit.diffusion.seeds import derived
 from lorafit.diffusion.settings import Settings
-from lorafit.diffusion.subjects import DRAWN, Gallery, paths_of, read_gallery
+from lorafit.diffusion.subjects import DRAWN, Gallery, Picture, paths_of, read_gallery
 from lorafit.errors import ConfigError, DataError
 from lorafit.training.spans import duration
 
@@ -32,8 +33,10 @@ ORIGIN = "lorafit"
 """The key in a PNG file under which it says what it was drawn from."""
 
 
-def gather(pipe: Any, settings: Settings, notify: Notify) -> tuple[Gallery, list[str]]:
-    """The pictures of the class that a run uses, and what each shows; those that are missing are drawn, and kept.
+def gather(pipe: Any, settings: Settings, notify: Notify) -> Gallery:
+    """The pictures of the class that a run uses; those that are missing are drawn, and kept.
+
+    One that was drawn for a prompt to keep has that as its caption.
 
     Args:
         pipe: the pipeline, without adapters.
@@ -41,7 +44,7 @@ def gather(pipe: Any, settings: Settings, notify: Notify) -> tuple[Gallery, list
         notify: is told what is drawn.
 
     Raises:
-        ConfigError: the folder's drawn pictures are of other settings.
+        ConfigError: the folder's drawn pictures are of other settings, or too few for all prompts to keep.
         DataError: a picture cannot be read.
     """
     folder = settings.prior_folder
@@ -52,16 +55,40 @@ def gather(pipe: Any, settings: Settings, notify: Notify) -> tuple[Gallery, list
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings.num_class_images
     there = paths_of(folder)
-    _check_drawn([path for path in there if _number(path) is not None], settings)
+    drawn = {number: path for path in there if (number := _number(path)) is not None}
+    _check_kept(settings, len(there) - len(drawn))
+    _check_drawn(list(drawn.values()), settings)
     if len(there) < wanted:
-        _draw_missing(
-            pipe, settings, {number for path in there if (number := _number(path)) is not None}, there, notify
-        )
+        _draw_missing(pipe, settings, set(drawn), there, notify)
     gallery = read_gallery(folder, "class pictures", size=settings.resolution, most=wanted)
-    shown = [_prompt(settings, _number(each.path)) for each in gallery.pictures]
-    return gallery, [
-        said if each.caption is None else each.caption for each, said in zip(gallery.pictures, shown, strict=True)
-    ]
+    return replace(gallery, pictures=tuple(_captioned(each, settings) for each in gallery.pictures))
+
+
+def _check_kept(settings: Settings, own: int) -> None:
+    """Raises `ConfigError` where some prompt to keep would have no picture.
+
+    Args:
+        settings: of the run.
+        own: pictures in the folder that were not drawn here, which are used first.
+    """
+    needed = own + 2 * len(settings.keep_prompts)
+    if settings.keep_prompts and settings.num_class_images < needed:
+        beside = f" beside {own} in {settings.prior_folder}" if own else ""
+        raise ConfigError(
+            "there are too few class pictures for all prompts to keep, of which every other one is",
+            where="num_class_images",
+            found=f"{settings.num_class_images}, and {len(settings.keep_prompts)} keep_prompts{beside}",
+            expected=f"at least {needed}",
+            fix=f"--num-class-images {needed}, or fewer --keep-prompt",
+        )
+
+
+def _captioned(picture: Picture, settings: Settings) -> Picture:
+    """With what it was drawn for, where that is not the class and no file says otherwise."""
+    number = _number(picture.path)
+    if number is None or picture.caption is not None or _prompt(settings, number) == settings.class_prompt:
+        return picture
+    return replace(picture, caption=_prompt(settings, number))
 
 
 def _number(path: Path) -> int | None:
@@ -99,13 +126,10 @@ def _draw_missing(pipe: Any, settings: Settings, drawn: set[int], there: list[Pa
         _write(image, settings.prior_folder / f"{DRAWN}{number:06d}{PNG}", _origin(settings, number))
 
 
-def _prompt(settings: Settings, number: int | None) -> str:
-    """What a drawn picture shows, and one that was not drawn here and says nothing of itself: the class.
-
-    With prompts to keep every other drawn picture is of those, in turn.
-    """
+def _prompt(settings: Settings, number: int) -> str:
+    """What a drawn picture shows: the class, or with prompts to keep every other time one of those, in turn."""
     assert settings.class_prompt is not None
-    if number is None or number % 2 == 0 or not settings.keep_prompts:
+    if number % 2 == 0 or not settings.keep_prompts:
         return settings.class_prompt
     return settings.keep_prompts[number // 2 % len(settings.keep_prompts)]
 

@@ -64,8 +64,8 @@ def gather(settings: Settings, pipe: Any, subject: Gallery, held: Gallery | None
     others = [] if held is None else held.captions(settings.instance_prompt)
     if settings.class_prompt is None:
         return Shown(subject, said, None, [], held, others)
-    gallery, shown = prior.gather(pipe, settings, notify)
-    return Shown(subject, said, gallery, shown, held, others)
+    gallery = prior.gather(pipe, settings, notify)
+    return Shown(subject, said, gallery, gallery.captions(settings.class_prompt), held, others)
 
 
 def check(settings: Settings, family: Family) -> None:
