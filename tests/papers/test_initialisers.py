@@ -120,8 +120,9 @@ def test_pissa_is_the_top_of_the_weight_in_equal_halves(shape, dtype):
     weight = torch.randn(shape, dtype=dtype)
     a, b = draw("pissa", spot_of(weight), 3, scale=0.5)
     assert a.dtype == b.dtype == dtype
-    small = 2e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(0.5 * b @ a, top(weight, 3), atol=small, rtol=small)
+    # Compared with float64: what float32 makes of it is off by some ε |W| / (gap between singular values) itself.
+    small = 5e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(0.5 * b @ a, top(weight.double(), 3).to(dtype), atol=small, rtol=small)
     # A Aᵀ = Bᵀ B = S_r / s
     s = torch.linalg.svdvals(weight)[:3] / 0.5
     torch.testing.assert_close(a @ a.T, torch.diag(s), atol=10 * small, rtol=small)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafit.kernels.frozen import Frozen
 from lorafit.kernels.precision import as_forward, autocasts
-from lorafit.kernels.scratch import recorded, scratch, shaped
+from lorafit.kernels.scratch import beside, recorded, shaped
 
 
 def summable(x: Tensor, frozen: Frozen, change: Tensor) -> bool:
@@ -53,5 +53,4 @@ class _Summed(torch.autograd.Function):
 def _sum(weight: Tensor, change: Tensor) -> Tensor:
     if recorded():  # what is recorded is not written to
         return weight + change
-    into = scratch("merged", (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
-    return torch.add(weight, change, out=into)
+    return torch.add(weight, change, out=beside("merged", weight))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorafit.errors import StateError
 from lorafit.kernels.masks import keep_mask, masked_product
 from lorafit.kernels.products import shared_product
-from lorafit.kernels.scratch import pieces, recorded, scratch
+from lorafit.kernels.scratch import beside, pieces, recorded, scratch
 
 
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,9 +47,11 @@ def low_rank(
 
 def formed(weight: Tensor, down: Tensor, up: Tensor, scale: float, *, kept: bool) -> Tensor:
     """W + s B A, in memory of its own if it is to be kept."""
-    shape, kind = (weight.shape[0], weight.shape[1]), weight.dtype
-    into = weight.new_empty(shape) if kept else scratch("merged", shape, kind, weight.device)
-    return torch.addmm(weight, up.to(kind), down.to(kind), alpha=scale, out=into)
+    factors = up.to(weight.dtype), down.to(weight.dtype)
+    if recorded():  # a compiler finds memory by itself, and takes none that lies by columns
+        return torch.addmm(weight, *factors, alpha=scale)
+    into = torch.empty_like(weight) if kept else beside("merged", weight)
+    return torch.addmm(weight, *factors, alpha=scale, out=into)
 
 
 def scaled(y: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:

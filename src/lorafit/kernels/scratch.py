@@ -71,6 +71,17 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
     return buffer[:size].view(shape)
 
 
+def beside(purpose: str, matrix: Tensor) -> Tensor:
+    """Scratch memory of a matrix's shape and type, by columns where the matrix lies so.
+
+    A layer that keeps its weight as (in, out) multiplies by it as it lies, and a product's last bit depends on that.
+    """
+    first, second = matrix.shape
+    if matrix.stride(0) < matrix.stride(1):
+        return scratch(purpose, (second, first), matrix.dtype, matrix.device).t()
+    return scratch(purpose, (first, second), matrix.dtype, matrix.device)
+
+
 def pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Runs of rows that are best worked on together; one run of all where nothing is gained by less."""
     step = max(LEAST, PIECE[device.type] // max(1, width)) if reusable(device) else max(1, rows)
