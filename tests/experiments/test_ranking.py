@@ -9,8 +9,9 @@ import random
 import pytest
 
 from lorafit.errors import ConfigError, DataError
+from lorafit.experiments.advice import advise
 from lorafit.experiments.pareto import front
-from lorafit.experiments.ranking import Ranking, rank
+from lorafit.experiments.ranking import DEVICE, Ranking, rank
 
 RECORDS = 50
 
@@ -108,8 +109,25 @@ def test_one_that_may_be_no_better_than_none_is_not_picked_for_its_speed():
     assert any(sentence.startswith("Pick sure") for sentence in ranking.sentences())
 
 
+def test_a_fast_one_that_only_the_correction_calls_equal_is_named_and_not_picked():
+    """Its own interval leaves out zero: enough to keep from recommending it, not enough to call it worse."""
+    sure = [candidate(f"sure{at}", [1.50, 1.51, 1.49], seconds=30.0, noise=0.05) for at in range(6)]
+    quick = candidate("quick", [1.54, 1.55, 1.53], seconds=3.0, noise=0.05)
+    ranking = rank([candidate("base", [1.95], kind="base", noise=0.0), *sure, quick])
+    place = next(place for place in ranking.places if place.name == "quick")
+    assert place.tied and place.to_best.low > 0 and not place.to_best.significant
+    text = " ".join(ranking.sentences())
+    assert "Pick sure0. quick trains in 3 s, but is probably worse than sure0 (+0.0370, interval +0.0097" in text
+    assert "only the correction for 28 pairs lets it share that place" in text
+    assert advise({"candidates": [*sure, quick]})[0].startswith("Method: sure0")
+
+
 def test_it_reads_back_what_it_wrote(usual):
+    for each in usual:
+        for one in each["seeds"]:
+            one[DEVICE] = 2**31
     ranking = rank(usual)
+    assert ranking.memory == DEVICE
     written = json.loads(json.dumps(ranking.to_json(), allow_nan=False))
     assert Ranking.from_json(written) == ranking
     assert written["sentences"] == ranking.sentences()

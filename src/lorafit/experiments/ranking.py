@@ -160,6 +160,7 @@ class Ranking:
                 failed=tuple((name, reason) for name, reason in found["failed"]),
                 differences=tuple(Difference(**each) for each in found["differences"]),
                 fronts={cost: tuple(names) for cost, names in found["fronts"].items()},
+                memory=found.get("memory", PROCESS),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(

@@ -121,7 +121,7 @@ def _others(ranking: Row, places: Sequence[Row]) -> list[str]:
 
 def _lone(ranking: Row, tied: Sequence[Row]) -> str:
     """Why an interval may leave out zero and the difference still not be significant."""
-    if not any(place["to_best"]["low"] > 0 or place["to_best"]["high"] < 0 for place in tied):
+    if not any(map(_behind, tied)):
         return ""
     pairs = len(ranking["differences"])
     return f" Intervals that leave out zero are so by themselves: of {pairs:,} pairs, some are by luck."
@@ -167,30 +167,62 @@ def _pick(ranking: Row, places: Sequence[Row]) -> list[str]:
             "Pick none of them yet: no training was significantly better than none. Train for longer or on more data, "
             "and look at the data: lorafit check."
         ]
-    best = places[0]
+    return [_picked(found, places[0]), *_faster(ranking, found)]
+
+
+def _picked(found: Row, best: Row) -> str:
     if found["name"] == best["name"]:
-        return [f"Pick {found['name']}."]
+        return f"Pick {found['name']}."
     if (least := best["cost"]["seconds"]) and found["cost"]["seconds"] < least:
         paid = f"trains in {found['cost']['seconds']:,.3g} s instead of {least:,.3g} s"
-        return [f"Pick {found['name']}: it is not significantly worse than {called(best)} and {paid}."]
-    return [f"Pick {found['name']}: it is not significantly worse than {called(best)}, and none of its seeds failed."]
+        return f"Pick {found['name']}: it is not significantly worse than {called(best)} and {paid}."
+    return f"Pick {found['name']}: it is not significantly worse than {called(best)}, and none of its seeds failed."
+
+
+def _faster(ranking: Row, found: Row) -> list[str]:
+    """Why the fastest of all that share the best one's place is not the one to pick, if it is behind by itself."""
+    fastest = _fastest([found, *(place for place in _eligible(ranking) if _behind(place))])
+    if fastest is found:
+        return []
+    return [
+        f"{fastest['name']} trains in {fastest['cost']['seconds']:,.3g} s, but is probably worse than "
+        f"{called(ranking['places'][0])} ({_distance(ranking, fastest)}): only the correction for "
+        f"{len(ranking['differences']):,} pairs lets it share that place."
+    ]
 
 
 def choice(ranking: Row) -> Row | None:
-    """The place to pick: of those not significantly worse than the best the one that trains fastest.
+    """The place to pick: of those not worse than the best the one that trains fastest.
 
-    The best itself if that saves less than a twentieth of its time; one with seeds that failed only where there is no
-    other; None where no training was significantly better than none, or nothing was trained.
+    Not worse is here who shares the best one's place and whose difference to it is not told from zero by itself
+    either: the correction for many pairs keeps differences from being claimed, and is no reason to count on their
+    absence. The best itself if less than a twentieth of its time is saved; one with seeds that failed only where there
+    is no other; None where no training was significantly better than none, or nothing was trained.
     """
+    eligible = _eligible(ranking)
+    return _fastest([place for place in eligible if not _behind(place)] or eligible) if eligible else None
+
+
+def _eligible(ranking: Row) -> list[Row]:
+    """Who shares the best one's place and is better than none, without failed seeds if there is any such."""
     places = ranking["places"]
-    equals = _equals(places)
-    if not equals or any(place["tied"] and place["kind"] == "base" for place in places):
-        return None
+    if any(place["tied"] and place["kind"] == "base" for place in places):
+        return []
     # Who shares the best one's place because its own is uncertain may not be better than none.
-    better = [place for place in equals if place["to_base"] is None or place["to_base"]["significant"]]
-    sound = [place for place in better if not place["lost"]] or better
-    first = sound[0]
-    timed = [place for place in sound if place["cost"]["seconds"] is not None]
+    better = [place for place in _equals(places) if place["to_base"] is None or place["to_base"]["significant"]]
+    return [place for place in better if not place["lost"]] or better
+
+
+def _behind(place: Row) -> bool:
+    """Whether the interval of its difference to the best, by itself, leaves out zero."""
+    to_best = place["to_best"]
+    return to_best is not None and (to_best["low"] > 0 or to_best["high"] < 0)
+
+
+def _fastest(places: Sequence[Row]) -> Row:
+    """The one that trains fastest, if that saves a share of the first one's time that is worth it; else the first."""
+    first = places[0]
+    timed = [place for place in places if place["cost"]["seconds"] is not None]
     if first["cost"]["seconds"] is None or not timed:
         return first
     fastest = min(timed, key=lambda place: float(place["cost"]["seconds"]))
