@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import lorafit as lf
 from lorafit.training import ranks
+from lorafit.training.callbacks import terminated
 from lorafit.training.config import resolve
 from lorafit.training.outcome import Outcome
 from lorafit.training.run import train
@@ -166,6 +167,48 @@ def begun(place: Path, name: str, **settings: Any) -> tuple[Path, subprocess.Pop
     while not (folder / "checkpoint-6").is_dir() and time.monotonic() < until:
         time.sleep(0.02)
     return folder, running
+
+
+@pytest.fixture
+def two_of_us(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process says it is one of two; what it makes of signals is undone."""
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def stopped() -> None:
+    """What a launcher does to all others when one has ended."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("two_of_us")
+def test_the_launchers_signal_does_not_cut_off_what_is_to_be_said_of_a_death() -> None:
+    """It comes some tenths of a second after a death: before this process notices, or on the error's way out."""
+    with pytest.raises(ranks.ElsewhereError, match="ended, or did not answer") as caught, terminated():  # noqa: SIM117
+        with ranks.lost("lorafit train"):
+            try:
+                raise RuntimeError("[..] Connection closed by peer")
+            finally:
+                stopped()
+    assert "Connection closed by peer" in str(caught.value.found)
+    stopped()  # while it is written and said: nothing happens
+
+
+@pytest.mark.usefixtures("two_of_us")
+def test_the_launchers_signal_does_not_cut_off_an_error_of_ones_own() -> None:
+    with pytest.raises(lf.ConfigError), terminated(), ranks.lost("lorafit train"):
+        raise lf.ConfigError("this cannot be", found="that", fix="do it")
+    stopped()
+
+
+@pytest.mark.usefixtures("two_of_us")
+def test_a_signal_alone_is_an_interruption_and_the_next_one_too() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), terminated(), ranks.lost("lorafit train"):
+        stopped()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])

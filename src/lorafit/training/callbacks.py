@@ -131,7 +131,10 @@ class Announcing(TrainerCallback):
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Within, SIGTERM is a `KeyboardInterrupt`: whoever is stopped so still writes that it was."""
+    """Within, SIGTERM is a `KeyboardInterrupt`: whoever is stopped so still writes that it was.
+
+    What else SIGTERM was made to do meanwhile stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -139,7 +142,8 @@ def terminated() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is _interrupt:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

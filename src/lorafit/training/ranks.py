@@ -8,6 +8,8 @@ decides what all do next, all of them learn it: a decision that two processes ta
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -235,6 +237,9 @@ def _says(error: RuntimeError) -> bool:
 def lost(command: str) -> Iterator[None]:
     """Within, what the libraries say of a process that does not answer is an error that says what to do.
 
+    Once it or any other error is raised, SIGTERM does not end this process any more: a launcher sends it to all as soon
+    as one has ended, which would cut off what this one has yet to write and say. One that takes long is killed by it.
+
     Args:
         command: with which the run goes on.
 
@@ -243,18 +248,35 @@ def lost(command: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if count() == 1 or not is_lost(error):
+    except (Exception, KeyboardInterrupt) as error:
+        cause = _loss(error)
+        if count() == 1 or (cause is None and isinstance(error, KeyboardInterrupt)):
+            raise
+        _be_left_to_finish()
+        if cause is None:
             raise
         raise ElsewhereError(
             "another process of this run ended, or did not answer in time",
             where=_place(),
-            found=_first(error),
+            found=_first(cause),
             expected=f"all {count()} processes until the end",
             fix="read what that process said (one that the system killed, as for want of memory, says nothing); the "
             f"same command under the same launcher goes on from the last checkpoint, on any number of processes: "
             f"{command}",
-        ) from error
+        ) from cause
+
+
+def _loss(error: BaseException) -> BaseException | None:
+    """What says that another process does not answer: the error, or what was on its way when a signal cut it off."""
+    found: BaseException | None = error
+    while found is not None and not is_lost(found):
+        found = found.__context__ if isinstance(found, KeyboardInterrupt) else None
+    return found
+
+
+def _be_left_to_finish() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _place() -> str:
