@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import lorafit as lf
 
@@ -111,6 +113,46 @@ def test_what_is_no_pipeline_is_named(pipelines: Callable[[str], Path], tmp_path
         file.rename(file.with_suffix(".bin"))
     with pytest.raises(lf.ConfigError, match="pickle"):
         open_pipeline(tmp_path / "broken", device="cpu")
+
+
+def _without(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "key"),
+    [("text_encoder", "model", "q_proj"), ("unet", "diffusion_pytorch_model", "mid_block")],
+)
+@pytest.mark.parametrize("how", ["missing", "another shape"])
+def test_weights_that_files_lack_are_never_drawn_at_random(
+    pipelines: Callable[[str], Path], tmp_path: Path, part: str, file: str, key: str, how: str
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if key in name]:
+            if how == "missing":
+                del tensors[name]
+            else:
+                tensors[name] = tensors[name][:1].clone()
+
+    shutil.copytree(pipelines("sd"), tmp_path / "pipe")
+    _without(tmp_path / "pipe" / part / f"{file}.safetensors", change)
+    with pytest.raises(lf.ConfigError, match="lack weights") as error:
+        open_pipeline(tmp_path / "pipe", device="cpu")
+    text = str(error.value)
+    assert f"pipe: {part}" in text and ("shapes" in text if how != "missing" else key in text)
+
+
+def test_a_pipeline_that_is_not_whole_is_named(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(pipelines("sd"), tmp_path / "pipe")
+    weights = tmp_path / "pipe" / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(lf.ConfigError, match="SafetensorError"):
+        open_pipeline(tmp_path / "pipe", device="cpu")
+    shutil.rmtree(tmp_path / "pipe" / "tokenizer")
+    with pytest.raises(lf.ConfigError, match="no folder tokenizer"):
+        open_pipeline(tmp_path / "pipe", device="cpu")
 
 
 def test_without_diffusers_the_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

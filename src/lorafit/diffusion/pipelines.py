@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from lorafit.diffusion.families import family
 from lorafit.diffusion.library import library
@@ -19,6 +22,7 @@ __all__ = ["INDEX", "choose_dtype", "default_device", "family", "open_pipeline"]
 INDEX = "model_index.json"
 """What tells a pipeline's directory."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+AGAIN = "get the pipeline again, or save it whole: pipe.save_pretrained(folder)"
 
 
 def default_device() -> torch.device:
@@ -41,7 +45,7 @@ def open_pipeline(
         A `diffusers.DiffusionPipeline`, whose progress bars are off.
 
     Raises:
-        ConfigError: there is no such pipeline, or its weights are not in safetensors files.
+        ConfigError: there is no such pipeline, its weights are not in safetensors files, or some are missing.
         MissingExtraError: diffusers is not installed.
     """
     diffusers = library()
@@ -51,17 +55,77 @@ def open_pipeline(
         _check_folder(folder)
     kind = choose_dtype("auto", place) if dtype is None else dtype
     try:
-        absent = _absent(diffusers.DiffusionPipeline.load_config(str(name)))
+        config = diffusers.DiffusionPipeline.load_config(str(name))
+        if folder.is_dir():
+            _check_parts(folder, config)
         with warnings.catch_warnings():
             # Newer releases have it under another name, and take both until 1.0.
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            models = {part: _model(name, part, made_by, kind) for part, made_by in _models(config).items()}
             pipe = diffusers.DiffusionPipeline.from_pretrained(
-                str(name), torch_dtype=kind, use_safetensors=True, **absent
+                str(name), torch_dtype=kind, use_safetensors=True, **_absent(config), **models
             )
-    except (OSError, ValueError, AttributeError, ImportError, KeyError, RuntimeError) as error:
+        pipe = pipe.to(place)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, AttributeError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise _unopened(name, error) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(place)
+    return pipe
+
+
+def _models(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a pipeline that are networks of diffusers or transformers → their classes."""
+    found = {}
+    for part, value in config.items():
+        if not isinstance(value, list | tuple) or len(value) != 2 or value[0] not in ("diffusers", "transformers"):
+            continue
+        made_by = getattr(import_module(value[0]), value[1])
+        if isinstance(made_by, type) and issubclass(made_by, nn.Module):
+            found[part] = made_by
+    return found
+
+
+def _model(name: str | Path, part: str, made_by: Any, kind: torch.dtype) -> Any:
+    """A network with all of its weights: what its files lack would be drawn at random, without a word.
+
+    Raises:
+        ConfigError: some are missing, or of another shape.
+    """
+    found = ""
+    try:
+        model, info = made_by.from_pretrained(
+            str(name), subfolder=part, torch_dtype=kind, use_safetensors=True, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            found = f"none for {some(sorted(info['missing_keys']), 3)}"
+    except (RuntimeError, ValueError) as error:
+        if "mismatch" not in str(error):
+            raise
+        found = "some of other shapes than its config.json says"
+    if found:
+        raise ConfigError(
+            "the files of the pipeline lack weights",
+            where=f"{name}: {part}",
+            found=found,
+            expected=f"all weights of {made_by.__name__}",
+            fix=AGAIN,
+        )
+    return model
+
+
+def _check_parts(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where the folder of a part is not there, which some loaders make up for in silence."""
+    said = [part for part, value in config.items() if isinstance(value, list | tuple) and any(value)]
+    absent = [part for part in said if not (folder / part).is_dir()]
+    if absent:
+        raise ConfigError(
+            "parts of the pipeline are not there",
+            where=folder,
+            found=f"no folder {some(absent, 3)}",
+            expected=f"a folder for each part that {INDEX} names",
+            fix=AGAIN,
+        )
 
 
 def _check_folder(folder: Path) -> None:
