@@ -41,6 +41,10 @@ def test_strength_is_undone_and_nought_is_the_base(tmp_path: Path) -> None:
     detach(handles)
     handles = load(pipe, tmp_path, scale=0)
     assert torch.equal(tiny.denoised(pipe), base)
+    with strength(handles, 0):
+        assert torch.equal(tiny.denoised(pipe), base)
+    with pytest.raises(lf.StateError, match="does not act"), strength(handles, 1.0):
+        pass
 
 
 def test_strength_is_a_factor_of_the_change(tmp_path: Path) -> None:
@@ -113,3 +117,28 @@ def test_subjects_that_cannot_be_summed_up_leave_the_pipeline_alone(tmp_path: Pa
     assert not any("adapters" in key for key in pipe.unet.state_dict())
     handles = load(pipe, paths, how="svd", r=16)
     assert list(handles) == ["unet"]
+
+
+def test_what_is_loaded_acts_alone_in_all_parts(tmp_path: Path) -> None:
+    saved("sd", tmp_path / "cat", LORA)
+    wanted = saved("sd", tmp_path / "dog", lf.LoRA(r=2), encoders=False)
+    pipe = tiny.made("sd")
+    cat = load(pipe, tmp_path / "cat", name="cat")
+    cats = tiny.denoised(pipe)
+    load(pipe, tmp_path / "dog", name="dog")
+    assert torch.equal(tiny.denoised(pipe), wanted) and cat["text_encoder"].active == ()
+    for handle in cat.values():
+        handle.activate("cat")
+    assert torch.equal(tiny.denoised(pipe), cats)
+
+
+def test_what_cannot_be_loaded_leaves_active_what_was(tmp_path: Path) -> None:
+    saved("sd", tmp_path / "cat", LORA)
+    saved("sd", tmp_path / "dog", lf.LoRA(r=2), encoders=False)
+    pipe = tiny.made("sd")
+    cat = load(pipe, tmp_path / "cat", name="cat")
+    cat["text_encoder"].merge()
+    before = tiny.denoised(pipe)
+    with pytest.raises(lf.StateError, match="merged"):
+        load(pipe, tmp_path / "dog", name="dog")
+    assert cat["unet"].active == ("cat",) and torch.equal(tiny.denoised(pipe), before)

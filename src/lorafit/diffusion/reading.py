@@ -7,11 +7,13 @@ part by part, and read by its strict loader.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorafit import checkpoint
+from lorafit import activation, checkpoint
+from lorafit.adapted import banks
 from lorafit.combining import combine
 from lorafit.diffusion import sources
 from lorafit.diffusion.family import Family
@@ -39,6 +41,8 @@ def load(
 ) -> dict[str, Handle]:
     """Attaches an adapter to the parts of a pipeline, or the weighted sum of several; it alone is active then.
 
+    Those that other parts have are left where they are, and do not act.
+
     Args:
         pipe: the pipeline that it was trained on, or one with the same layers.
         path: diffusers' file; or a folder with it, with an adapter of the core's layout (which is then the denoiser's),
@@ -57,33 +61,55 @@ def load(
         CheckpointError: the files are damaged, of another kind, or do not fit; the pipeline is as it was.
         ConfigError: a value out of range, or a pipeline of a kind that is not known.
         MergeError: adapters that cannot be summed up like this.
+        StateError: another adapter is merged into a part, and so would act as well.
     """
     validate.number("load.scale", scale, fix="scale=1.0")
     kind = family(pipe)
-    if isinstance(path, Mapping):
-        handles = _sum(kind, path, dict(weights or {}), name, how, r, trainable)
-    else:
-        if weights is not None:
-            raise ConfigError(
-                "one adapter has a scale, and no weights",
-                where="load.weights",
-                found=repr(weights),
-                expected="None",
-                fix=f"load(pipe, {str(path)!r}, scale=...)",
-            )
-        handles = _attach(kind, Path(path), name, trainable)
+    if not isinstance(path, Mapping) and weights is not None:
+        raise ConfigError(
+            "one adapter has a scale, and no weights",
+            where="load.weights",
+            found=repr(weights),
+            expected="None",
+            fix=f"load(pipe, {str(path)!r}, scale=...)",
+        )
+    with _as_it_was(kind) as made:
+        if isinstance(path, Mapping):
+            made |= _sum(kind, path, dict(weights or {}), name, how, r, trainable)
+        else:
+            made |= _attach(kind, Path(path), name, trainable)
+        for part in kind.components:
+            if part not in made:
+                activation.activate(kind.component(part), (), None)
     if scale == 0:
-        for handle in handles.values():
+        for handle in made.values():
             handle.activate(None)
     elif scale != 1:
-        set_strength(handles, scale)
-    return handles
+        set_strength(made, scale)
+    return made
 
 
 def detach(handles: Mapping[str, Handle]) -> None:
     """Takes adapters out: the pipeline is then what it was."""
     for handle in handles.values():
         handle.detach()
+
+
+@contextmanager
+def _as_it_was(kind: Family) -> Iterator[dict[str, Handle]]:
+    """Gives room for the handles that are made within; on an error they are taken out, and what acted acts again."""
+    acted: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    for part in kind.components:
+        known = tuple(dict.fromkeys(name for bank in banks(kind.component(part)) for name in bank))
+        acted[part] = known, activation.active_names(kind.component(part), known)
+    made: dict[str, Handle] = {}
+    try:
+        yield made
+    except BaseException:
+        detach(made)
+        for part, (known, active) in acted.items():
+            activation.activate(kind.component(part), known, active)
+        raise
 
 
 def _attach(kind: Family, path: Path, name: str, trainable: bool) -> dict[str, Handle]:

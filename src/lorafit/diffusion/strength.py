@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafit.adapted import bank_of
 from lorafit.delta import Delta, Dense, LowRank, Update
-from lorafit.errors import ConfigError, StateError
+from lorafit.errors import ConfigError, StateError, some
 from lorafit.handle import Handle
 from lorafit.method import Adapter
 from lorafit.methods import validate
@@ -110,8 +110,18 @@ def strength(handles: Mapping[str, Handle], factor: float) -> Iterator[None]:
     """Within it adapters act at another strength; at 0 the pipeline is its base, bit for bit.
 
     Raises:
-        ConfigError, StateError: as `set_strength`.
+        ConfigError: as `set_strength`.
+        StateError: as `set_strength`; or an adapter does not act at all.
     """
+    idle = [part for part, handle in handles.items() if handle.name not in handle.active]
+    if idle and factor != 0:
+        raise StateError(
+            "an adapter that does not act has no strength",
+            where=some(idle),
+            found=f"adapter {handles[idle[0]].name!r}, which is not active",
+            expected="an active one",
+            fix="handle.activate(handle.name) first",
+        )
     if factor == 0:
         with ExitStack() as stack:
             for handle in handles.values():
