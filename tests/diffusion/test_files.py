@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,31 @@ def test_the_files_metadata_is_what_diffusers_writes(tmp_path: Path) -> None:
         settings = json.loads(file.metadata()[METADATA])
     assert settings["unet.r"] == settings["unet.lora_alpha"] == settings["text_encoder.r"] == 4
     assert "unet.target_modules" in settings and settings["unet.use_dora"] is False
+
+
+def test_nothing_of_another_adapter_is_left_beside_the_new_one(tmp_path: Path) -> None:
+    saved("sd", tmp_path / "vera", lf.VeRA(r=4), encoders=False)
+    with pytest.raises(lf.ConfigError, match="parts of another adapter") as error:
+        saved("sd", tmp_path / "vera", lf.LoRA(r=4), encoders=False)
+    assert error.value.found == "unet"
+    saved("sd", tmp_path / "lora", lf.LoRA(r=4))
+    with pytest.raises(lf.ConfigError, match="parts of another adapter") as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore", lf.LorafitWarning)
+        saved("sd", tmp_path / "lora", lf.IntrinsicDimension(d=50), encoders=False)
+    assert error.value.found == WEIGHTS and not (tmp_path / "lora" / "unet").exists()
+    # What is written whole again may be.
+    wanted = saved("sd", tmp_path / "lora", lf.LoRA(r=2), encoders=False)
+    saved("sd", tmp_path / "vera", lf.VeRA(r=2), encoders=False)
+    pipe = tiny.made("sd")
+    assert list(load(pipe, tmp_path / "lora")) == ["unet"]
+    assert torch.equal(tiny.denoised(pipe), wanted)
+
+
+def test_several_adapters_of_one_part_are_not_chosen_among(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        handles = {"unet": adapt(family(tiny.made("sd")), lf.VeRA(r=4), seed=0, name=name)}
+        tiny.shaken(handles)
+        handles["unet"].save(tmp_path / "unet")
+    with pytest.raises(lf.CheckpointError, match="several adapters of one part") as error:
+        load(tiny.made("sd"), tmp_path)
+    assert error.value.found == "cat, dog"

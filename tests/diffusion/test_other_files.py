@@ -147,6 +147,11 @@ def test_what_is_no_file_of_adapters_is_named(tmp_path: Path) -> None:
         save_file({"unet.x": torch.ones(1)}, tmp_path / "two" / f"{name}.safetensors")
     with pytest.raises(lf.CheckpointError, match="several files"):
         load(pipe, tmp_path / "two")
+    (tmp_path / "checkpoint-2").mkdir()
+    for name in ("optimizer.pt", "complete.json"):
+        (tmp_path / "checkpoint-2" / name).write_bytes(b"x")
+    with pytest.raises(lf.CheckpointError, match="a run that has not ended"):
+        load(pipe, tmp_path / "checkpoint-2")
     save_file({}, tmp_path / "none.safetensors")
     with pytest.raises(lf.CheckpointError, match="no adapter"):
         load(pipe, tmp_path / "none.safetensors")

@@ -1,6 +1,7 @@
 """Adapters of a pipeline in diffusers' file, checked after it was written, and in folders where they need one.
 
-LoRA and DoRA are in the file to the last number, with the scale multiplied into B. What is low-rank in another form
+LoRA and DoRA are in the file, with the scale s multiplied into B, which is rounded there once where s is no power of
+two. What is low-rank in another form
 (VeRA, AdaLoRA, Delta-LoRA, LoRA-drop, LoRA-FA) stands there as the LoRA that it equals, and in a folder of the part's
 name in the adapter layout of this library, from which training can go on by the same method. What no LoRA equals
 (intrinsic dimension, DoRA around VeRA or AdaLoRA) is in the folder alone, and that is said.
@@ -17,6 +18,7 @@ from pathlib import Path
 from lorafit import files, store
 from lorafit.compress import TruncationWarning
 from lorafit.conversion import Plain, convert
+from lorafit.diffusion import sources
 from lorafit.diffusion.strength import strength_of
 from lorafit.errors import CheckpointError, ConfigError, LorafitWarning, StateError, some
 from lorafit.exporting import diffusers
@@ -47,7 +49,7 @@ def save(
 
     Raises:
         CheckpointError: it cannot be written, or holds something else than the adapters once it is.
-        ConfigError: no adapters.
+        ConfigError: no adapters, or another one is in the folder, of which something would be left beside the new one.
         StateError: an adapter acts at another strength, and its method has no setting that could say so.
 
     A `LorafitWarning` names the parts that diffusers' file cannot hold, and what PEFT makes of one that it does hold.
@@ -76,11 +78,12 @@ def save(
             if part in left_out or store.read(written).config.get("peft_type") == "LORA":
                 for each in said:
                     warnings.warn(each.message, each.category, stacklevel=2)
-    for part, handle in handles.items():
-        if part in left_out or not _told(handle.method):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", LorafitWarning)  # said above
-                handle.save(place / part, base_model=base)
+    own = {part: handle for part, handle in handles.items() if part in left_out or not _told(handle.method)}
+    _check_alone(place, own, in_file=bool(plain))
+    for part, handle in own.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LorafitWarning)  # said above
+            handle.save(place / part, base_model=base)
     if plain:
         files.commit(
             files.stage(place / diffusers.WEIGHTS, lambda path: _write(plain, path)), place / diffusers.WEIGHTS
@@ -96,6 +99,23 @@ def save(
             stacklevel=2,
         )
     return place
+
+
+def _check_alone(place: Path, own: Mapping[str, Handle], *, in_file: bool) -> None:
+    """Raises `ConfigError` where a part of another adapter would be left, and be read together with the new one."""
+    new = {place / part if handle.name == "default" else place / part / handle.name for part, handle in own.items()}
+    old = [folder for part in diffusers.COMPONENTS for folder in sources.adapters_in(place / part)]
+    left = [str(folder.relative_to(place)) for folder in old if folder not in new]
+    if not in_file and (place / diffusers.WEIGHTS).is_file():
+        left.append(diffusers.WEIGHTS)
+    if left:
+        raise ConfigError(
+            "this folder holds parts of another adapter, which would be read together with the new one",
+            where=place,
+            found=some(left, 4),
+            expected="an empty folder, or one that held an adapter of the same kind for the same parts",
+            fix="save into another folder, or delete this one first",
+        )
 
 
 def _check_strength(handles: Mapping[str, Handle]) -> None:

@@ -24,6 +24,7 @@ from lorafit.errors import CheckpointError, LorafitWarning, nearest, some
 from lorafit.exporting.diffusers import COMPONENTS, METADATA, WEIGHTS
 from lorafit.peft_layout import PREFIX, for_file, join
 from lorafit.plan import Modules
+from lorafit.training.owned import COMPLETE
 
 RUN = "adapter"
 """Of a run's folder, the one with its adapter."""
@@ -130,11 +131,24 @@ def find(path: Path, family: Family) -> list[Source]:
     return [found[part] for part in family.components if part in found]
 
 
+def adapters_in(folder: Path) -> list[Path]:
+    """The folders of adapters in the core's layout: this one, and those of named adapters in it."""
+    places = [folder, *sorted(child.parent for child in folder.glob(f"*/{store.CONFIG}"))]
+    return [place for place in places if (place / store.CONFIG).is_file()]
+
+
 def _in_folder(folder: Path, family: Family) -> dict[str, Source]:
     own: dict[str, Source] = {}
     for part in family.components:
-        places = [folder / part, *sorted(child.parent for child in (folder / part).glob(f"*/{store.CONFIG}"))]
-        whole = [place for place in places if (place / store.CONFIG).is_file()]
+        whole = adapters_in(folder / part)
+        if len(whole) > 1:
+            raise CheckpointError(
+                "this folder holds several adapters of one part",
+                where=folder / part,
+                found=some((place.name for place in whole), 4),
+                expected="one",
+                fix=f"give the folder of one of them: {whole[-1]}",
+            )
         if whole:
             own[part] = Folder(part, whole[0])
     strange = [
@@ -149,6 +163,14 @@ def _in_folder(folder: Path, family: Family) -> dict[str, Source]:
         return own
     if (folder / RUN).is_dir():
         return _in_folder(folder / RUN, family)
+    if (folder / COMPLETE).is_file():
+        raise CheckpointError(
+            "this is the checkpoint of a run that has not ended",
+            where=folder,
+            found=some(sorted(child.name for child in folder.iterdir()), 3),
+            expected="the folder adapter of a run that has",
+            fix="go on with the run (the same command does), then give its folder",
+        )
     pickled = sorted(child.name for child in folder.iterdir() if child.suffix in PICKLED)
     raise CheckpointError(
         "the weights are pickled, and pickle is never read: it can run any code"
