@@ -11,6 +11,8 @@ import lorafit as lf
 
 pytest.importorskip("diffusers", reason="pipelines need diffusers")
 
+import diffusers
+
 from lorafit.diffusion.families import StableDiffusion, StableDiffusion3, StableDiffusionXL, family
 from lorafit.diffusion.places import adapt, adapt_encoders, convolutions, sites_of, targets_of
 from tests.diffusion import tiny
@@ -168,7 +170,35 @@ def test_what_is_of_no_known_family_is_refused_by_name() -> None:
     with pytest.raises(lf.ConfigError, match="inpainting"):
         family(tiny.sd(in_channels=9))
     with pytest.raises(lf.ConfigError, match="flow_prediction"):
-        family(tiny.sd(prediction_type="flow_prediction"))
+        family(tiny.sd(prediction_type="flow_prediction")).check_training()
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("sd", diffusers.FlowMatchEulerDiscreteScheduler),
+        ("sdxl", diffusers.EDMEulerScheduler),
+        ("sd3", diffusers.DDPMScheduler),
+    ],
+)
+def test_noise_that_a_pipeline_was_not_trained_by_is_never_assumed(name: str, scheduler: Any) -> None:
+    pipe = tiny.made(name)
+    family(pipe).check_training()
+    pipe.scheduler = scheduler()
+    own = family(pipe)  # enough to read and draw by
+    with pytest.raises(lf.ConfigError, match="by which noise it was trained") as error:
+        own.check_training()
+    assert error.value.found == scheduler.__name__
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_other_ways_to_draw_keep_the_noise_that_was_trained_by(scheduler: Any) -> None:
+    pipe = tiny.made("sd")
+    before = family(pipe).schedule.alphas_cumprod
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    own = family(pipe)
+    own.check_training()
+    assert torch.equal(own.schedule.alphas_cumprod, before)
 
 
 def test_the_transformer_of_a_class_pipeline_can_be_adapted() -> None:

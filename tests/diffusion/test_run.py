@@ -16,6 +16,7 @@ import lorafit as lf
 pytest.importorskip("diffusers", reason="pipelines need diffusers")
 
 from lorafit.diffusion import heldout, prior
+from lorafit.diffusion.family import Family
 from lorafit.diffusion.heldout import Held
 from lorafit.diffusion.pipelines import family, open_pipeline
 from lorafit.diffusion.pools import Pool, Pools
@@ -135,6 +136,31 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(train: Run, setting
     ]
     for key in found[0]:
         torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_trial_needs_no_more_room_than_a_step(train: Run, settings: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def error(self: Family, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append((self.model.training, self.model.is_gradient_checkpointing))
+        return plain(self, *args, **kwargs)
+
+    plain = Family.error
+    monkeypatch.setattr(Family, "error", error)
+    train(settings(method="lora-drop", gradient_checkpointing=True))
+    assert len(seen) > 4 and set(seen) == {(True, True)}
+
+
+def test_what_is_said_of_other_pictures_rests_on_so_many_pictures(train: Run, settings: Run, tmp_path: Path) -> None:
+    held = tiny.discs(tmp_path / "held", 2)
+    train(settings(eval_images=str(held), evaluation_draws=3, max_steps=2))
+    progress = json.loads((tmp_path / "run" / "checkpoint-2" / "progress.json").read_text())
+    sums = progress["evaluations"][0][1]
+    assert len(sums) == 2
+    train(settings(evaluation_draws=3, max_steps=2, output_dir=str(tmp_path / "other")))
+    progress = json.loads((tmp_path / "other" / "checkpoint-2" / "progress.json").read_text())
+    assert len(progress["evaluations"][0][1]) == 9  # three noises for each of the learnt three
 
 
 def test_held_out_pictures_of_the_subject(train: Run, settings: Run, tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ class StableDiffusion3(Family):
         super().__init__(pipe)
         self.schedule: Any = library().FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
 
+    def check_training(self) -> None:
+        if "shift" not in self.pipe.scheduler.config:
+            raise ConfigError(
+                "the scheduler of this pipeline does not say by which noise it was trained",
+                where="scheduler.config",
+                found=type(self.pipe.scheduler).__name__,
+                expected="one of flow matching with a shift, such as FlowMatchEulerDiscreteScheduler",
+                fix="take a pipeline with one of these; by other noise its transformer would unlearn what it knows",
+            )
+
     @property
     def multiple(self) -> int:
         patch = int(self.model_config("patch_size"))

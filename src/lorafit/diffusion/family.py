@@ -165,6 +165,10 @@ class Family(ABC):
     # Training
 
     @abstractmethod
+    def check_training(self) -> None:
+        """Raises `ConfigError` where the pipeline's scheduler does not say how it was trained; drawing needs none."""
+
+    @abstractmethod
     def level(self, shares: Tensor) -> Tensor:
         """How noisy: from numbers that are drawn evenly from [0, 1), (n,), to whole places of the noise schedule."""
 

@@ -114,6 +114,7 @@ class _Run:
         device = default_device()
         pipe = open_pipeline(settings.pipeline, dtype=choose_dtype(settings.dtype, device), device=device)
         kind = family(pipe)
+        kind.check_training()
         frozen(kind)
         check(settings, kind)
         # Before class pictures are drawn, which may take an hour.
@@ -131,12 +132,12 @@ class _Run:
         held_pool = None if shown.held is None else Pool.of("held", kind, shown.held, shown.held_said, settings)
         prompts: Prompts = Learnt(kind) if settings.train_text_encoder else Fixed(kind, shown.prompts)
         chooser = Chooser(settings, kind, pools, prompts, rates, self.folder, self.recorder, self.notify)
+        self._prepare(kind)
         method = chooser.settled(method)
         handles = {kind.denoiser: chooser.handle(method)}
         if settings.train_text_encoder:
             inner = without_drop(method)
             handles |= adapt_encoders(kind, inner, seed=settings.seed, sample=chooser.sample(inner))
-        self._prepare(kind, handles)
         # Before the optimizer: a schedule may have given the adapters other ranks.
         kept = None if self.checkpoint is None else restored(self.checkpoint, handles)
         stepper = Stepper(settings, kind, handles, pools, prompts, rates, settings.max_steps)
@@ -181,9 +182,12 @@ class _Run:
             ) from error
         self.notify(f"goes on from step {self._begin()}")
 
-    def _prepare(self, kind: Family, handles: dict[str, Handle]) -> None:
-        """Modes of the parts: those that are trained are in training mode, and may compute activations again."""
-        for part in handles:
+    def _prepare(self, kind: Family) -> None:
+        """Modes of the parts that are trained: in training mode, and computing activations again where asked to.
+
+        Before all that looks at gradients: a trial of LoRA-drop, and initialisers, need as much room as a step.
+        """
+        for part in kind.components if self.settings.train_text_encoder else (kind.denoiser,):
             model: Any = kind.component(part)
             model.train()
             if not self.settings.gradient_checkpointing:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 from lorafit.diffusion.drawing import draw, sheet, write_png
@@ -26,6 +28,8 @@ WAYS = Ways(
     hold="measure on more pairs of picture and noise (evaluation_draws)",
 )
 """What hints call the ways to change a run."""
+OTHERS = replace(WAYS, hold="hold out more pictures (eval_images)")
+"""The same where it is judged by pictures that it does not learn."""
 
 
 @final
@@ -62,6 +66,9 @@ class Watch:
         self.evaluations: list[Evaluation] = []
         self.priors: list[tuple[int, float]] = []
         self.seconds_per_picture = 0.0
+        # What is said of the subject by other pictures of it rests on so many pictures, however many noises each is
+        # measured under; what is said of the learnt pictures themselves rests on the noises.
+        self._draws = 1 if settings.eval_images is None else settings.evaluation_draws
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     # Measuring
@@ -76,7 +83,7 @@ class Watch:
         losses = self._subject.losses(self._family, self._prompts)
         seconds = time.perf_counter() - started
         self.seconds_per_picture = seconds / len(losses)
-        found = Evaluation.of(step, losses, [1.0] * len(losses))
+        found = self._evaluation(step, losses)
         self.evaluations.append(found)
         other = None
         if self._prior is not None:
@@ -84,6 +91,12 @@ class Watch:
             self.priors.append((step, other))
         self._recorder.write("evaluation", step=step, loss=found.mean, prior_loss=other, seconds=seconds)
         return found.mean
+
+    def _evaluation(self, step: int, losses: Sequence[float]) -> Evaluation:
+        """With a record for each unit that was drawn."""
+        draws = self._draws
+        sums = [math.fsum(losses[start : start + draws]) for start in range(0, len(losses), draws)]
+        return Evaluation.of(step, sums, [float(draws)] * len(sums))
 
     def learnt(self, loss: float) -> None:
         """Notes the subject's loss of a training step."""
@@ -93,7 +106,7 @@ class Watch:
         """What became of the run."""
         weighed = self._settings.min_snr is not None  # weighed losses are on another scale
         trained = None if weighed or not self._recent else mean(list(self._recent))
-        return judge(self.evaluations, trained, ways=WAYS)
+        return judge(self.evaluations, trained, ways=WAYS if self._settings.eval_images is None else OTHERS)
 
     # Drawing
 
@@ -134,6 +147,8 @@ class Watch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what a checkpoint kept."""
-        self.evaluations = [Evaluation.of(step, losses, [1.0] * len(losses)) for step, losses in state["evaluations"]]
+        self.evaluations = [
+            Evaluation.of(step, sums, [float(self._draws)] * len(sums)) for step, sums in state["evaluations"]
+        ]
         self.priors = [(int(step), float(value)) for step, value in state.get("priors", [])]
         self._recent = deque(state.get("recent", []), maxlen=RECENT)
