@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,22 @@ def test_what_is_said_of_other_pictures_rests_on_so_many_pictures(train: Run, se
     train(settings(evaluation_draws=3, max_steps=2, output_dir=str(tmp_path / "other")))
     progress = json.loads((tmp_path / "other" / "checkpoint-2" / "progress.json").read_text())
     assert len(progress["evaluations"][0][1]) == 9  # three noises for each of the learnt three
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_half_precision(
+    train: Run, settings: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error(self: Family, *args: Any, **kwargs: Any) -> torch.Tensor:
+        losses = plain(self, *args, **kwargs)
+        if losses.requires_grad:
+            losses.register_hook(lambda grad: grad * math.inf)
+        return losses
+
+    plain = Family.error
+    monkeypatch.setattr(Family, "error", error)
+    with pytest.raises(lf.TrainingError, match="gradients are not finite") as caught:
+        train(settings(dtype="float16", max_steps=100, sample_count=0, save_every=100, evaluate_every=100))
+    assert 10 < int(str(caught.value.where).rpartition(" ")[2]) < 30, "not before the scale has had its chance"
 
 
 def test_held_out_pictures_of_the_subject(train: Run, settings: Run, tmp_path: Path) -> None:

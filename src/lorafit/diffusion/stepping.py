@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,10 @@ class Stepper:
             for place, value in enumerate((loss, own, own if other is None else other)):
                 sums[place] += float(value.detach()) / parts
         norm = self._cut()
-        if not self._scaler.is_enabled() and not torch.isfinite(torch.tensor(norm)):
+        # In float16 a step whose gradients overflow is left out, and the next one's loss is scaled by less. A scale
+        # below 1 has made them smaller than they are: then it is not the scale that they overflow by.
+        scaled = self._scaler.is_enabled() and self._scaler.get_scale() >= 1
+        if not scaled and not math.isfinite(norm):
             raise _diverged("the gradients are not finite", step, norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
