@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -98,3 +99,45 @@ def test_the_fingerprint_is_of_pixels_and_captions(subject: Path) -> None:
     assert first == fingerprint([(read_gallery(subject), ["x"] * 3)]) != fingerprint([(gallery, ["y"] * 3)])
     Image.new("RGB", (20, 20), "black").save(subject / "1.png")
     assert fingerprint([(read_gallery(subject), ["x"] * 3)]) != first
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path: Path, turned: bool) -> None:
+    shades = (numpy.arange(64, dtype=numpy.uint16).reshape(8, 8) * 1040).astype(numpy.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 3 if turned else 1  # upside down
+    Image.fromarray(shades).save(tmp_path / "a.png", exif=exif)
+    found = numpy.asarray(read_picture(tmp_path / "a.png").image)
+    wanted = numpy.round(shades / 257)[::-1, ::-1] if turned else numpy.round(shades / 257)
+    assert (found == wanted[:, :, None]).all() and found.max() == 255
+
+
+def test_what_is_transparent_in_sixteen_bits_is_white(tmp_path: Path) -> None:
+    shades = numpy.full((8, 8), 1000, dtype=numpy.uint16)
+    shades[0, 0] = 20000
+    Image.fromarray(shades).save(tmp_path / "a.png", transparency=1000)
+    found = read_picture(tmp_path / "a.png").image
+    assert found.getpixel((4, 4)) == (255, 255, 255) and found.getpixel((0, 0)) == (78, 78, 78)
+
+
+@pytest.mark.parametrize("kind", [numpy.int32, numpy.float32], ids=["I", "F"])
+def test_shades_of_an_unknown_range_are_refused(tmp_path: Path, kind: Any) -> None:
+    Image.fromarray(numpy.ones((8, 8), dtype=kind)).save(tmp_path / "a.tif")
+    (tmp_path / "a.tif").rename(tmp_path / "a.png")
+    with pytest.raises(lf.DataError, match="save it with 8 bits"):
+        read_picture(tmp_path / "a.png")
+
+
+def test_a_caption_may_begin_with_a_mark(subject: Path) -> None:
+    (subject / "0.txt").write_text("a red disc", encoding="utf-8-sig")
+    assert read_gallery(subject).pictures[0].caption == "a red disc"
+
+
+def test_random_crops_do_not_depend_on_the_files_name(subject: Path) -> None:
+    picture = read_gallery(subject).pictures[2]
+    first = views(picture, 10, crop="random", count=4, flip=False, seed=0)
+    picture.path.rename(subject / "renamed.png")
+    (renamed,) = (one for one in read_gallery(subject).pictures if one.path.name == "renamed.png")
+    assert torch.equal(views(renamed, 10, crop="random", count=4, flip=False, seed=0), first)
+    other = read_gallery(subject).pictures[1]
+    assert picture.digest == renamed.digest != other.digest

@@ -42,6 +42,11 @@ class Picture:
         """Pixels of its shorter side."""
         return min(self.image.size)
 
+    @property
+    def digest(self) -> str:
+        """Of its pixels: two pictures that look the same have the same."""
+        return hashlib.sha256(f"{self.image.size}\0".encode() + self.image.tobytes()).hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
@@ -126,7 +131,9 @@ def read_picture(path: Path, *, size: int = 0) -> Picture:
     try:
         with Image.open(path) as opened:
             turned = ImageOps.exif_transpose(opened)
-            image = _on_white(turned)
+            image = _on_white(_eight_bits(turned, path, opened.format))
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             "a picture cannot be read",
@@ -146,6 +153,36 @@ def read_picture(path: Path, *, size: int = 0) -> Picture:
     return Picture(path, image, _caption(path.with_suffix(CAPTION)))
 
 
+def _eight_bits(image: Image.Image, path: Path, kind: str | None) -> Image.Image:
+    """Grey with more than 8 bits as grey with 8: Pillow's own way to RGB cuts what is above 255, all is white then.
+
+    Args:
+        image: as it was opened.
+        path: its file.
+        kind: the file's format.
+
+    Raises:
+        DataError: what is black and what is white there is not known.
+    """
+    # A PNG file's 16 bits are in 32 by older releases of Pillow.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
+        numbers = numpy.asarray(image).astype(numpy.int64)
+        grey = Image.fromarray(((numbers + 128) // 257).astype(numpy.uint8))
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            grey.putalpha(Image.fromarray(numpy.where(numbers == clear, 0, 255).astype(numpy.uint8)))
+        return grey
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            "a picture's numbers have no known black and white",
+            where=path,
+            found=f"32 bits for each pixel (Pillow's mode {image.mode})",
+            expected="8 or 16 bits",
+            fix="save it with 8 bits, or take it out of the folder",
+        )
+    return image
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB; what is transparent is white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -159,7 +196,7 @@ def _caption(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        text = " ".join(path.read_text(encoding="utf-8").split())
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())  # editors may begin it with a mark
     except UnicodeDecodeError as error:
         raise DataError(
             "a caption is no text", where=path, found=error, expected="UTF-8", fix="save it again as UTF-8"
@@ -186,13 +223,13 @@ def views(picture: Picture, size: int, *, crop: str, count: int, flip: bool, see
         crop: "centre", or "random": `count` places, drawn once.
         count: how many, where they are random.
         flip: each of them mirrored, too.
-        seed: of the places.
+        seed: of the places, with the picture's pixels: a file may be renamed while a run stands still.
     """
     scale = size / picture.side
     width, height = (max(size, round(side * scale)) for side in picture.image.size)
     resized = picture.image.resize((width, height), Image.Resampling.LANCZOS)
     if crop == "random":
-        drawn = torch.rand(count, 2, generator=generator(seed, "crop", picture.path.name)).tolist()
+        drawn = torch.rand(count, 2, generator=generator(seed, "crop", picture.digest)).tolist()
         corners = {(int(x * (width - size + 1)), int(y * (height - size + 1))): None for x, y in drawn}
     else:
         corners = {((width - size) // 2, (height - size) // 2): None}
