@@ -23,6 +23,8 @@ def test_defaults_and_method_fields() -> None:
     assert found.resolution == 512 and found.prompts == ["a sks dog"] and found.folder == Path("runs/i-lora-plus")
     assert settled(class_prompt="a dog").prompts == ["a sks dog", "a dog"]
     assert settled(sample_prompt="x").prompts == ["x"], "one prompt may stand alone"
+    assert settled(class_prompt="a dog", num_class_images=3, prior_loss_weight=0.5).num_class_images == 3
+    assert settled(crop="random", views=3).views == 3
     assert settled(output_dir="o").prior_folder == Path("o/class")
 
 
@@ -74,11 +76,20 @@ def test_later_layers_win() -> None:
         ({"class_images": "c"}, ["class_prompt"]),
         ({"keep_prompts": ["an apple"]}, ["class_prompt", "prompts to keep"]),
         ({"keep_prompts": [""], "class_prompt": "a dog"}, ["keep_prompts"]),
+        ({"num_class_images": 100}, ["num_class_images means nothing", "--class-prompt"]),
+        ({"prior_loss_weight": 0.5}, ["prior_loss_weight means nothing", "--class-prompt"]),
+        ({"views": 4}, ["views", "--crop random"]),
+        ({"views": 8, "center_crop": True}, ["views", "--crop random"]),
         ({"text_encoder_lr": 1e-5}, ["train_text_encoder"]),
         ({"method": "dorra"}, ["unknown method"]),
         ({"lr_warmup_steps": 5}, ["constant_with_warmup"]),
         ({"learning_rate": float("nan")}, ["learning_rate"]),
         ({"instance_prompt": ""}, ["instance_prompt"]),
+        ({"instance_prompt": " "}, ["instance_prompt", "has words"]),
+        ({"class_prompt": " "}, ["class_prompt", "has words"]),
+        ({"keep_prompts": ["an apple", "\t"], "class_prompt": "a dog"}, ["keep_prompts", "has words"]),
+        ({"sample_prompts": [""]}, ["sample_prompts", "has words"]),
+        ({"sample_prompt": ""}, ["sample_prompt", "has words"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

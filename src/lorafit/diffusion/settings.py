@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from lorafit.errors import ConfigError
 from lorafit.training.aliases import ALIASES as TRAINING_ALIASES
@@ -78,7 +79,13 @@ def _several(prompts: Any) -> Any:
     return [prompts] if isinstance(prompts, str) else prompts
 
 
-Prompt = Annotated[str, Field(min_length=1)]
+def _worded(prompt: str) -> str:
+    if not prompt.strip():
+        raise PydanticCustomError("no_words", "a prompt that has words")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_worded)]
 
 
 class Settings(BaseModel):
@@ -133,9 +140,9 @@ class Settings(BaseModel):
 
     pipeline: str
     instance_images: str
-    instance_prompt: str = Field(min_length=1)
+    instance_prompt: Prompt
     class_images: str | None = None
-    class_prompt: str | None = Field(default=None, min_length=1)
+    class_prompt: Prompt | None = None
     keep_prompts: Annotated[list[Prompt], BeforeValidator(_several)] = Field(default_factory=list)
     num_class_images: int = Field(default=100, ge=1)
     prior_loss_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -161,7 +168,7 @@ class Settings(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     min_snr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    sample_prompts: Annotated[list[str], BeforeValidator(_several)] = Field(default_factory=list)
+    sample_prompts: Annotated[list[Prompt], BeforeValidator(_several)] = Field(default_factory=list)
     sample_every: int = Field(default=100, ge=0)
     sample_count: int = Field(default=4, ge=0)
     sample_steps: int = Field(default=25, ge=1)
@@ -263,6 +270,23 @@ def _check(settings: Settings) -> None:
             found="nothing",
             expected="what the subject is one of, which is kept first",
             fix='--class-prompt "a photo of a dog"',
+        )
+    for name in ("num_class_images", "prior_loss_weight"):
+        if name in settings.model_fields_set and settings.class_prompt is None:
+            raise ConfigError(
+                f"{name} means nothing without a class",
+                where=name,
+                found=getattr(settings, name),
+                expected="class_prompt with it",
+                fix=f'--class-prompt "a photo of a dog", or leave {name} out',
+            )
+    if "views" in settings.model_fields_set and settings.crop == "centre":
+        raise ConfigError(
+            "there is one view of a picture that is cut at its centre",
+            where="views",
+            found=settings.views,
+            expected="crop=random with it",
+            fix="--crop random, or leave views out",
         )
     if settings.text_encoder_learning_rate is not None and not settings.train_text_encoder:
         raise ConfigError(
