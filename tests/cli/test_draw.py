@@ -102,10 +102,22 @@ def test_equal_names_are_told_apart_and_paths_may_have_an_equals_sign(tmp_path: 
         ({"seeds": "0"}, "--seeds"),
         ({"seeds": "-1,2"}, "--seeds"),
         ({"seeds": "1.5"}, "--seeds"),
+        ({"seeds": "1,1"}, "different whole seeds"),
+        ({"seeds": "many"}, "--seeds"),
+        ({"seeds": ","}, "--seeds"),
+        ({"seeds": "1000000000000"}, "from 1 to 1,000"),
+        ({"seeds": "1e12"}, "from 1 to 1,000"),
+        ({"seeds": f"{2**63},"}, "--seeds"),
+        ({"sampler": Sampler(3, 1.0, "a cat", None)}, "--negative means nothing without a guidance above 1"),
         ({"rows": "eech"}, "nearest:  each"),
         ({"dtype": "float64"}, "float32"),
         ({"sampler": Sampler(3, 7.5, "", 20)}, "--size 16"),
-        ({"output": Path("sheet.jpg")}, "sheet.png"),
+        ({"output": Path("sheet.jpg")}, "--output sheet.png"),
+        ({"output": Path("deep/sheet")}, "--output deep/sheet.png"),
+        ({"output": Path()}, "--output sheet.png"),
+        ({"output": Path("..")}, "--output ../sheet.png"),
+        ({"output": Path("/")}, "--output /sheet.png"),
+        ({"output": Path("nowhere/..")}, "--output nowhere/../sheet.png"),
         ({"prompts": [" "]}, "--prompt"),
         ({"pipeline": None}, "--pipeline"),
         ({"merge": True}, "--merge means nothing without an adapter"),
@@ -119,6 +131,26 @@ def test_what_cannot_be_drawn_is_refused(options: dict[str, Any], said: str) -> 
     with pytest.raises(ConfigError) as caught:
         asking(**options)
     assert said in str(caught.value) and caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rows": "each", "r": 4}, "--r means nothing without a row for the sum"),
+        ({"scale": "0", "merge": True}, "--merge means nothing without a strength other than 0"),
+        ({"scale": "0", "r": 4}, "--r means nothing without a strength other than 0"),
+    ],
+    ids=str,
+)
+def test_what_would_do_nothing_is_refused(runs: tuple[Path, Path], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        asking(*runs, **options)
+    assert said in str(caught.value) and caught.value.fix
+
+
+def test_seeds_are_whole_numbers_to_the_last_digit() -> None:
+    assert asking(seeds="9007199254740993,").seeds == (9007199254740993,)
+    assert asking(seeds=f"0, {2**63 - 1}").seeds == (0, 2**63 - 1)
 
 
 def test_what_is_wrong_with_adapters_is_said(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_what_cannot_be_drawn_is_named(different: dict[str, Any]) -> None:
         draw(None, options.pop("prompts"), **options)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_what_is_not_to_be_seen_takes_guidance(guidance: float) -> None:
+    pipe = tiny.made("sd")
+    with pytest.raises(lf.ConfigError, match="guidance above 1"):
+        draw(pipe, ["x"], seeds=[0], steps=1, size=16, guidance=guidance, negative="a cat")
+    plain, without = (draw(pipe, ["x"], seeds=[0], steps=2, size=16, negative=text)[0] for text in ("", "a cat"))
+    assert plain.tobytes() != without.tobytes()
+
+
 def test_a_sheet_has_its_pictures_in_rows(tmp_path: Path) -> None:
     colors = ["red", "green", "blue", "black", "white"]
     images = [Image.new("RGB", (10, 10), color) for color in colors]

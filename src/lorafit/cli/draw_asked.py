@@ -17,6 +17,8 @@ SEEDS = 4
 SIDE = 8
 """Pixels that pictures of the pipelines come in multiples of."""
 LARGEST = 2**63
+MOST = 1000
+"""A row has so many seeds at most, where they are not listed: a sheet is one picture."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,17 @@ def ask(
     _one_of("--dtype", dtype, DTYPES)
     _one_of("--rows", rows, ROWS)
     _check_output(output)
-    if not math.isfinite(sampler.guidance):
-        raise _odd("--guidance", sampler.guidance, "a finite number", "--guidance 7.5")
-    if sampler.size is not None and sampler.size % SIDE:
-        near = max(SIDE, round(sampler.size / SIDE) * SIDE)
-        raise _odd("--size", sampler.size, f"a multiple of {SIDE}", f"--size {near}")
+    _check_sampler(sampler)
     subjects = _subjects(adapters)
     scales = _scales(scale)
     if not subjects:
-        _refuse_without("an adapter", ("--scale", scales != (1.0,)), ("--merge", merge))
+        _refuse_without("an adapter", "--adapter PATH", ("--scale", scales != (1.0,)), ("--merge", merge))
     if len(subjects) < 2:
-        _refuse_without("a second adapter", ("--rows", rows != ROWS[0]), ("--r", r is not None))
+        _refuse_without("a second adapter", "--adapter PATH", ("--rows", rows != ROWS[0]), ("--r", r is not None))
+    if rows == "each":
+        _refuse_without("a row for the sum", "--rows all", ("--r", r is not None))
+    if not any(scales):
+        _refuse_without("a strength other than 0", "--scale 0,1", ("--merge", merge), ("--r", r is not None))
     said: list[str] = []
     runs = [] if pipeline and prompts else [found for one in subjects if (found := _run(one.path)) is not None]
     if pipeline is None:
@@ -184,22 +186,33 @@ def _one_of(option: str, word: str, known: Sequence[str]) -> None:
         raise _odd(option, word, ", ".join(known), f"{option} {known[0]}", nearest(word, known))
 
 
-def _refuse_without(what: str, *given: tuple[str, bool]) -> None:
-    """Raises `ConfigError` for options that mean nothing without what is not there."""
+def _refuse_without(what: str, way: str, *given: tuple[str, bool]) -> None:
+    """Raises `ConfigError` for options that mean nothing without what is not there, and `way` would bring."""
     for option, there in given:
         if there:
             raise ConfigError(
                 f"{option} means nothing without {what}",
                 found=option,
                 expected=f"{what} with it",
-                fix=f"--adapter PATH, or leave {option} out",
+                fix=f"{way}, or leave {option} out",
             )
 
 
+def _check_sampler(sampler: Sampler) -> None:
+    if not math.isfinite(sampler.guidance):
+        raise _odd("--guidance", sampler.guidance, "a finite number", "--guidance 7.5")
+    if sampler.guidance <= 1:
+        _refuse_without("a guidance above 1", "--guidance 7.5", ("--negative", bool(sampler.negative)))
+    if sampler.size is not None and sampler.size % SIDE:
+        near = max(SIDE, round(sampler.size / SIDE) * SIDE)
+        raise _odd("--size", sampler.size, f"a multiple of {SIDE}", f"--size {near}")
+
+
 def _check_output(output: Path) -> None:
-    if output.suffix.lower() != ".png" or output.is_dir():
-        found = "a directory" if output.is_dir() else str(output)
-        raise _odd("--output", found, "the name of a PNG file", f"--output {output.with_suffix('.png').name}")
+    if output.is_dir() or output.name == "..":
+        raise _odd("--output", f"{output}: a directory", "the name of a PNG file", f"--output {output / 'sheet.png'}")
+    if output.suffix.lower() != ".png":
+        raise _odd("--output", str(output), "the name of a PNG file", f"--output {output.with_suffix('.png')}")
 
 
 def _numbers(option: str, text: str, fix: str) -> list[float]:
@@ -220,13 +233,17 @@ def _seeds(text: str | None, usual: int) -> tuple[int, ...]:
     """The first seeds, as many as `text` says; or those that it lists with commas."""
     if text is None:
         return tuple(range(usual))
-    fix = "--seeds 4, or --seeds 3,7"
-    listed = "," in text
-    found = _numbers("--seeds", text, fix)
-    if not all(each.is_integer() and (0 if listed else 1) <= each < LARGEST for each in found):
-        raise _odd("--seeds", text, "a number of pictures, or seeds from 0 with commas between them", fix)
-    whole = [int(each) for each in found]
-    return tuple(whole) if listed else tuple(range(whole[0]))
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if "," in text:
+        least, above, expected = 0, LARGEST, "different whole seeds from 0 with commas between them"
+    else:
+        least, above, expected = 1, MOST + 1, f"a number of pictures from 1 to {MOST:,}, or seeds with commas"
+    if not found or len(set(found)) < len(found) or not all(least <= each < above for each in found):
+        raise _odd("--seeds", text, expected, "--seeds 4, or --seeds 3,7")
+    return tuple(found) if "," in text else tuple(range(found[0]))
 
 
 # Adapters

@@ -47,12 +47,21 @@ def draw(
         guidance: scale of classifier-free guidance; 1 and less do without.
         size: pixels of a side; None is the pipeline's own.
         batch: so many pictures at a time.
-        negative: what is not to be seen.
+        negative: what is not to be seen; it takes a guidance above 1.
 
     Raises:
-        ConfigError: no prompts, an empty one, no seeds, or a size that the pipeline cannot draw.
+        ConfigError: no prompts, an empty one, no seeds, a size that the pipeline cannot draw, or what is not to be seen
+            without guidance.
     """
     _check(prompts, seeds, steps, size)
+    if negative and guidance <= 1:
+        raise ConfigError(
+            "what is not to be seen means nothing without guidance",
+            where="draw.negative",
+            found=f"{negative!r}, and guidance {guidance:g}",
+            expected="a guidance above 1",
+            fix="guidance=7.5, or leave negative out",
+        )
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     drawn: list[Image.Image] = []
@@ -69,7 +78,7 @@ def _batch(
     pipe: Any, jobs: Sequence[tuple[str, int]], steps: int, guidance: float, size: int | None, negative: str
 ) -> list[Image.Image]:
     options: dict[str, Any] = {} if size is None else {"height": size, "width": size}
-    if negative and guidance > 1:
+    if negative:
         options["negative_prompt"] = [negative] * len(jobs)
     try:
         found = pipe(
