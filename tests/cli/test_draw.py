@@ -222,6 +222,15 @@ def test_the_pipeline_alone(draw: Run, tmp_path: Path) -> None:
     assert apart(cells(tmp_path / "one.png", 1, 1)[0][0], drawn[1][2]) <= ROUNDING
 
 
+def test_what_the_text_encoder_cuts_is_said(draw: Run) -> None:
+    long, negative = "a disc " * 9, "no square " * 9
+    once = ("--seeds", "1", "--prompt", "a disc")
+    result = draw(*once, "--prompt", long, "--negative", negative, "--json")
+    said = [line for line in result.err.splitlines() if "cut:" in line]
+    assert len(said) == 2 and "a disc a disc" in said[0] and "no square no square" in said[1]
+    assert "cut:" not in draw(*once).out
+
+
 def test_strength_zero_is_the_pipeline_alone_and_merged_looks_the_same(
     draw: Run, learnt: Learnt, tmp_path: Path
 ) -> None:

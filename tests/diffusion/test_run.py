@@ -154,7 +154,7 @@ def test_a_trial_needs_no_more_room_than_a_step(train: Run, settings: Run, monke
 
 
 def test_what_is_said_of_other_pictures_rests_on_so_many_pictures(train: Run, settings: Run, tmp_path: Path) -> None:
-    held = tiny.discs(tmp_path / "held", 2)
+    held = tiny.discs(tmp_path / "held", 2, (30, 160, 40))
     train(settings(eval_images=str(held), evaluation_draws=3, max_steps=2))
     progress = json.loads((tmp_path / "run" / "checkpoint-2" / "progress.json").read_text())
     sums = progress["evaluations"][0][1]
@@ -181,7 +181,7 @@ def test_gradients_that_are_never_finite_end_a_run_in_half_precision(
 
 
 def test_held_out_pictures_of_the_subject(train: Run, settings: Run, tmp_path: Path) -> None:
-    held = tiny.discs(tmp_path / "held", 2)
+    held = tiny.discs(tmp_path / "held", 2, (30, 160, 40))
     outcome = train(settings(eval_images=str(held)))
     assert events(tmp_path / "run", "data")[0]["held_out_pictures"] == 2 and outcome.eval_before is not None
 

@@ -26,7 +26,9 @@ def drawn(asked: Asked, say: Callable[[str], None]) -> Image:
 
     device = default_device()
     pipe = open_pipeline(asked.pipeline, dtype=choose_dtype(asked.dtype, device), device=device)
-    family(pipe)  # one that reads no prompt is refused by its name
+    kind = family(pipe)  # one that reads no prompt is refused by its name
+    for prompt in kind.cut([*asked.prompts, asked.sampler.negative]):
+        say(f"longer than the text encoder reads, and cut: {prompt!r}")
     made: dict[tuple[Row, float], list[Image]] = {}
     # Sums come first: of some adapters there is none, and nothing should have been drawn by then.
     for row, scales in sorted(_acting(asked).items(), key=lambda each: len(each[0].subjects) < 2):
