@@ -227,10 +227,11 @@ def test_other_prompts_are_kept_beside_the_class(train: Run, settings: Run, tmp_
     assert any("'a disc' and of 2 other prompts, into" in line for line in said)
     run = settings(**given, num_class_images=6)
     assert "class: 6 pictures, 2 with a caption of their own" in said
-    gallery = prior.gather(None, run, said.append)  # nothing is missing: no pipeline is needed
+    pipe = tiny.made("sd")
+    gallery = prior.gather(pipe, run, said.append)
     assert gallery.captions("a disc") == ["a disc", *drawn]
     (place / "0.txt").write_text("a blue disc")
-    assert prior.gather(None, run, said.append).captions("a disc") == ["a blue disc", *drawn]
+    assert prior.gather(pipe, run, said.append).captions("a disc") == ["a blue disc", *drawn]
     with pytest.raises(lf.ConfigError, match=r"drawn from something else[\s\S]*prompt 'an apple'[\s\S]*'a pear'"):
         train(settings(**{**given, "keep_prompts": ["a pear"]}, output_dir=str(tmp_path / "other")))
 
