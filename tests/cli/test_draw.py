@@ -13,6 +13,7 @@ import pytest
 
 from lorafit.cli.draw_asked import ALONE, Asked, Sampler, ask
 from lorafit.errors import CheckpointError, ConfigError
+from tests.cli.conftest import call
 from tests.cli.tiny_pipeline import SIDE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers; the command shows this library's own
@@ -82,6 +83,33 @@ def test_the_run_says_its_pipeline_and_prompt(runs: tuple[Path, Path]) -> None:
     assert asked.pipeline == "pipe" and asked.prompts == ("a sks cat", "a sks dog")
     assert any("pipe" in line for line in asked.said) and any("a sks dog" in line for line in asked.said)
     assert asking(cat, pipeline="mine", prompts=["x"]).said == ()
+
+
+def test_the_pipeline_of_a_run_is_found_from_any_folder_and_never_asked_of_the_hub(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cat, dog = runs
+    pipe = tmp_path / "here" / "pipe"
+    pipe.mkdir(parents=True)
+
+    def run(folder: Path, **different: object) -> None:
+        settings = {"pipeline": "pipe", "instance_prompt": "x", "pipeline_folder": str(pipe), **different}
+        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    run(cat)
+    run(dog, pipeline="here/pipe")  # the same, from one folder above
+    assert asking(cat, dog, pipeline=None).pipeline == str(pipe)
+    pipe.rename(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"not where it was[\s\S]*--pipeline DIR"):
+        asking(cat, pipeline=None)
+    monkeypatch.chdir(tmp_path)
+    assert asking(cat, pipeline=None).pipeline == str(tmp_path / "pipe"), "moved along with all"
+    run(cat, pipeline="some/name", pipeline_folder=None)
+    assert asking(cat, pipeline=None).pipeline == "some/name"
+    for gone in ("./gone", "../gone", "/nowhere/gone", "deep/er/gone"):
+        run(cat, pipeline=gone, pipeline_folder=None)
+        with pytest.raises(ConfigError, match="not where it was"):
+            asking(cat, pipeline=None)
 
 
 def test_equal_names_are_told_apart_and_paths_may_have_an_equals_sign(tmp_path: Path) -> None:
@@ -283,6 +311,19 @@ def test_the_line_that_a_run_ends_with_draws(lorafit: Run, learnt: Learnt, tmp_p
     assert result.status == 0, result.err
     assert "as the adapter's run had it" in result.out and (tmp_path / "sheet.png").is_file()
     cells(tmp_path / "sheet.png", 1, 3)
+
+
+def test_a_run_with_a_relative_pipeline_is_drawn_from_any_folder(
+    lorafit: Run, pipeline: Path, discs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pictures = ("--instance-images", discs, "--instance-prompt", "a sks disc", "--resolution", "16")
+    short = ["--r", "2", "--max-steps", "1", "--sample-count", "0", "--evaluation-draws", "1"]
+    command = ("dreambooth", "--pipeline", pipeline.name, *pictures, *short, "--output-dir", run)
+    assert call(*command, folder=pipeline.parent).status == 0
+    assert json.loads((run / "settings.json").read_text())["pipeline"] == pipeline.name
+    result = lorafit("draw", "--adapter", run, "--seeds", "1", "--steps", "2")
+    assert result.status == 0, result.err
 
 
 def test_a_file_of_diffusers_is_drawn_with_and_a_wrong_one_is_named(draw: Run, lorafit: Run, learnt: Learnt) -> None:

@@ -335,7 +335,7 @@ def _run(path: Path) -> Mapping[str, Any] | None:
 
 
 def _pipeline(runs: Sequence[Mapping[str, Any]]) -> str:
-    known = list(dict.fromkeys(str(run["pipeline"]) for run in runs))
+    known = list(dict.fromkeys(_place(run) for run in runs))
     if len(known) == 1:
         return known[0]
     raise ConfigError(
@@ -345,3 +345,29 @@ def _pipeline(runs: Sequence[Mapping[str, Any]]) -> str:
         expected="one pipeline",
         fix=f"--pipeline {known[0] if known else 'DIR|NAME'}",
     )
+
+
+def _place(run: Mapping[str, Any]) -> str:
+    """The pipeline of a run: a hub name, or its directory, wherever the run was started.
+
+    Raises:
+        ConfigError: the directory is not there any more; its name must not be asked of the hub.
+    """
+    name, kept = str(run["pipeline"]), run.get("pipeline_folder")
+    for folder in (kept, name):  # the second where a project was moved as a whole
+        if folder is not None and Path(str(folder)).is_dir():
+            return str(Path(str(folder)).resolve())
+    if kept is None and not _looks_like_a_path(name):
+        return name
+    raise ConfigError(
+        "the pipeline of the adapter's run is not where it was",
+        where="--pipeline",
+        found=f"no directory {name if kept is None else kept}",
+        expected="the directory that the run was trained with",
+        fix="--pipeline DIR",
+    )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name cannot be one on the hub; runs of before do not say whether it was."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name

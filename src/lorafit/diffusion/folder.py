@@ -37,6 +37,8 @@ PROGRESS = "progress.json"
 
 FREE = frozenset({"output_dir", "sample_prompts", "sample_every", "sample_count", "save_every", "save_total_limit"})
 """Settings that may differ when a run goes on: they do not enter what it computes."""
+PLACE = "pipeline_folder"
+"""Beside the settings: the whole path of a pipeline that is a directory, for `lorafit draw` in any other one."""
 
 
 @final
@@ -140,7 +142,10 @@ def open_folder(settings: Settings) -> RunFolder:
         ConfigError: the folder is another run's (names what differs), or holds something else.
         CheckpointError: its settings are damaged.
     """
+    place = Path(settings.pipeline)
     mine = json.loads(json.dumps(settings.model_dump()))
+    mine[PLACE] = str(place.resolve()) if place.is_dir() else None
+    free = FREE | {PLACE}  # a project may be moved with its pipeline
     # Pictures of the class stay: they say themselves what they were drawn from.
-    claim(settings.folder, mine, lambda theirs: differing(theirs, mine, FREE), stale=[DATA, "drop.json"])
+    claim(settings.folder, mine, lambda theirs: differing(theirs, mine, free), stale=[DATA, "drop.json"])
     return RunFolder(settings.folder)
