@@ -291,7 +291,8 @@ class Look:
             yield f"at most {limit:,} numbers were asked for"
         if self.order is None:
             yield "no example was given: which layers are called, and which one last, is not known but by definition"
-        moving = [path for row in self.fixed if row.why == STATISTICS for path in row.paths]
+        modules = self.modules.by_path.items()
+        moving = [path for path, module in modules if keeps_statistics(module) and not inside(path, self.saved)]
         if moving:
             yield (
                 f"{len(moving)} layers keep running statistics ({few(moving)}): call suggestion.train(model) where a "

@@ -45,7 +45,7 @@ def save_state(handle: Handle, folder: str | Path) -> Path:
         tensors = {
             f"{path}{MARK}{key}": value.detach().to("cpu").contiguous().clone()
             for path, entry in entries.items()
-            for key, value in entry.state_dict().items()
+            for key, value in _tensors(entry).items()
         }
     path = Path(folder) / STATE
     metadata = {"format": "pt", SETTINGS: json.dumps(_settings(handle))}
@@ -76,9 +76,34 @@ def load_state(handle: Handle, folder: str | Path) -> None:
         if shapes:
             assert isinstance(entry, Adapter)
             entry.resize(shapes)
-        own = entry.state_dict()
+        own = _tensors(entry)
         for name, value in values.get(key, {}).items():
-            put(own[name], value)
+            if own[name].shape == value.shape:
+                put(own[name], value)
+            else:
+                _renew(entry, name, value.to(own[name].device))
+
+
+def _tensors(entry: nn.Module) -> dict[str, Tensor]:
+    """All that an adapter or a full copy holds: of a copy also what its state dict leaves out, which may move too."""
+    found: dict[str, Tensor] = entry.state_dict()
+    return found if isinstance(entry, Adapter) else {**_passing(entry), **found}
+
+
+def _passing(entry: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a full copy that its state dict leaves out."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in entry.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+
+
+def _renew(entry: nn.Module, name: str, value: Tensor) -> None:
+    """Gives a full copy a buffer of another shape: one that a forward pass makes anew."""
+    path, _, last = name.rpartition(".")
+    entry.get_submodule(path)._buffers[last] = value
 
 
 def _settings(handle: Handle) -> dict[str, list[object]]:
@@ -152,7 +177,8 @@ def _by_entry(saved: Mapping[str, Tensor], handle: Handle, path: Path) -> dict[s
 
 def _check_entry(entry: nn.Module, values: Mapping[str, Tensor], where: str) -> dict[str, torch.Size]:
     """The shapes that an entry must take on before these values fit; empty where they fit already."""
-    own = entry.state_dict()
+    own = _tensors(entry)
+    free = () if isinstance(entry, Adapter) else _passing(entry).keys()
     if own.keys() != values.keys():
         different = sorted(own.keys() ^ values.keys())
         raise CheckpointError(
@@ -162,7 +188,7 @@ def _check_entry(entry: nn.Module, values: Mapping[str, Tensor], where: str) -> 
             expected=some(sorted(own)),
             fix=f"attach with the settings of the saved run (different: {some(different, 3)})",
         )
-    if all(own[key].shape == value.shape for key, value in values.items()):
+    if all(own[key].shape == value.shape or key in free for key, value in values.items()):
         return {}
     if in_parts(entry):
         raise CheckpointError(

@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from lorafit import files
-from lorafit.adapted import walk
 from lorafit.errors import CheckpointError
-from lorafit.layers.running import keeps_statistics
-
-MARK = "|"
-"""Stands between a module's path and the name of a tensor there."""
 
 
 class Stateful(Protocol):
@@ -46,46 +40,6 @@ def restore(kept: Kept, state: Any) -> None:
         kept.set_state(state)
     else:
         kept.load_state_dict(state)
-
-
-def statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The running statistics of a model's layers, which training mode moves though nobody trains them."""
-    return {
-        f"{path}{MARK}{name}": buffer.detach().to("cpu", copy=True)
-        for path, module, _ in walk(model)
-        if keeps_statistics(module)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
-
-
-def put_statistics(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Gives a model's layers these running statistics.
-
-    Raises:
-        CheckpointError: they are not of this model.
-    """
-    modules = {path: module for path, module, _ in walk(model)}
-    for key, value in values.items():
-        path, _, name = key.rpartition(MARK)
-        buffer = modules[path]._buffers.get(name) if path in modules else None
-        if buffer is None or buffer.shape != value.shape:
-            raise CheckpointError(
-                "the checkpoint has running statistics that the model has not",
-                where=f"{path}.{name}",
-                found=tuple(value.shape),
-                expected="none" if buffer is None else tuple(buffer.shape),
-                fix="make the model as it was made when the loop began",
-            )
-        with torch.no_grad():
-            buffer.copy_(value)
-
-
-def moved(model: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
-    """The layers whose running statistics are not what they were."""
-    now = statistics(model)
-    different = (key for key, value in before.items() if key in now and not torch.equal(now[key], value))
-    return list(dict.fromkeys(key.rpartition(MARK)[0] for key in different))
 
 
 def random_state() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from lorafit.handle import Handle
 from lorafit.hooks import check_held
 from lorafit.journal import telling
 from lorafit.journal.book import Book, Plan
-from lorafit.journal.condition import Kept, moved, set_random_state, statistics
+from lorafit.journal.buffers import Buffers
+from lorafit.journal.condition import Kept, set_random_state
 from lorafit.journal.keeping import Keeping
 from lorafit.journal.measuring import Measure, Numbers, computed, given
 from lorafit.journal.place import CHECKPOINT, Place, Say
@@ -101,7 +102,6 @@ class Journal:
         self._random: Mapping[str, Any] | None = None
         self._measure: tuple[Measure, Iterable[Any]] | None = None
         self._norm: float | None = None
-        self._statistics: dict[str, Tensor] = {}
         self._finished = False
         self.taken = 0
         self.rounds = 0
@@ -123,8 +123,7 @@ class Journal:
         ranks.first(lambda: place.open(self._signature()))
         result = ranks.first(place.result)
         book = Book(place, handle, self._optimizer, self._plan, self._data, say)
-        keeping = Keeping(place, handle, self._optimizer, self._also, say)
-        self._statistics = statistics(handle.model)
+        keeping = Keeping(place, handle, self._optimizer, self._also, Buffers(handle.model), say)
         self._finished = result is not None
         if result is not None:
             ranks.first(place.clear)
@@ -344,13 +343,9 @@ class Journal:
             self.evaluate(*self._measure)
         verdict = judge(book.evaluations, book.trained(self.taken), ways=WAYS)
         kept = self._best_put_back(book, keeping)
-        changed = moved(self._handle.model, self._statistics)
-        if changed:
-            self._tell(
-                f"the running statistics of {len(changed):,} layers changed in training ({changed[0]!r} is one), and "
-                "the adapter's file does not hold them: save the model's own state too, or keep these layers in "
-                "evaluation mode (Suggestion.train)"
-            )
+        moved = keeping.buffers.told()
+        if moved is not None:
+            self._tell(moved)
         self.outcome = book.end(self.taken, keeping.finish(), verdict, kept)
         result = asdict(self.outcome)
         ranks.first(lambda: self._place.finish(result))  # the last thing: who finds it has all of the rest

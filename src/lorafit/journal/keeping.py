@@ -11,14 +11,15 @@ import torch
 from lorafit.errors import CheckpointError, some
 from lorafit.handle import Handle
 from lorafit.journal import condition
-from lorafit.journal.condition import Kept, put_statistics, read, restore, state_of, statistics
+from lorafit.journal.buffers import Buffers
+from lorafit.journal.condition import Kept, read, restore, state_of
 from lorafit.journal.place import BEST, CHECKPOINT, FINISHED, Place, Say, Whole, complete
 from lorafit.state import load_state, save_state
 from lorafit.training import ranks
 from lorafit.training.owned import ADAPTER
 
 CONDITION = "condition.pt"
-STATISTICS = "statistics.pt"
+BUFFERS = "buffers.pt"
 RANDOM = "random-{}.pt"
 
 
@@ -33,6 +34,7 @@ class Keeping:
         handle: the adapter.
         optimizer: trains it; None where the loop does not say.
         also: name → what else goes on with the loop.
+        buffers: the model's own.
         say: is told what was found.
     """
 
@@ -42,12 +44,14 @@ class Keeping:
         handle: Handle,
         optimizer: torch.optim.Optimizer | None,
         also: Mapping[str, Kept],
+        buffers: Buffers,
         say: Say,
     ) -> None:
         self._place = place
         self._handle = handle
         self._optimizer = optimizer
         self._also = dict(also)
+        self.buffers = buffers
         self._say = say
         self._proved = False
         self._last: tuple[int, int] | None = None
@@ -83,11 +87,11 @@ class Keeping:
 
     def _snapshot(self, folder: Path) -> None:
         save_state(self._handle, folder)
-        condition.write(folder / STATISTICS, statistics(self._handle.model))
+        condition.write(folder / BUFFERS, self.buffers.state())
 
     def _load(self, folder: Path) -> None:
         load_state(self._handle, folder)
-        put_statistics(self._handle.model, read(folder / STATISTICS))
+        self.buffers.put(read(folder / BUFFERS), self._say)
 
     def resume(self, whole: Whole) -> tuple[int, Mapping[str, Any]]:
         """Puts everything back as a checkpoint has it; gives the rounds until then, and the random generators' states.
