@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,12 +156,16 @@ def test_evaluating_disturbs_nothing(tmp_path: Path) -> None:
     def measure(batch: list[Tensor]) -> Tensor:
         assert not model.training and not torch.is_grad_enabled()
         torch.randn(3)
+        random.random()
+        numpy.random.rand()
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     with journal:
         before = torch.get_rng_state()
+        others = random.getstate(), numpy.random.get_state()[2]
         mean = journal.evaluate(measure, batches)
         assert torch.equal(torch.get_rng_state(), before)
+        assert (random.getstate(), numpy.random.get_state()[2]) == others
         assert model.training and not model.norm.training
         assert journal.evaluate(measure, batches) == mean and len(journal.evaluations) == 1  # twice is once
         journal.step(1.0)
@@ -362,7 +368,127 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_there(whole: Any, tm
     assert same(state(handle), whole("lora")[0])
 
 
+def test_what_is_measured_after_the_loop_is_noted_when_it_goes_on_there(tmp_path: Path) -> None:
+    def run(folder: Path, stop: bool) -> tuple[lf.Journal, Tensor]:
+        handle, optimizer, journal, _ = opened(folder, epochs=2)
+        torch.manual_seed(0)
+        with journal:
+            journal.evaluate([1.0, 2.0])
+            for _ in journal:
+                journal.step(one_step(handle, optimizer))
+            if stop:
+                raise Killed
+            drawn = torch.randn(2)
+            journal.evaluate([0.5, 1.0])
+        return journal, drawn
+
+    expected, first = run(tmp_path / "whole", stop=False)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", stop=True)
+    found, second = run(tmp_path / "run", stop=False)
+    assert found.outcome.before == 1.5 and found.outcome.after is not None
+    assert [one.step for one in found.evaluations] == [one.step for one in expected.evaluations] == [0, 2]
+    assert torch.equal(first, second)
+
+
+def test_the_checkpoints_rate_stands_and_is_said(tmp_path: Path) -> None:
+    def run(rate: float, lines: list[str]) -> float:
+        handle, _ = script.made(script.METHODS["lora"])
+        optimizer = handle.optimizer(torch.optim.SGD, lr=rate)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        journal = lf.Journal(
+            tmp_path / "run", handle, optimizer, epochs=4, also={"schedule": schedule}, say=lines.append
+        )
+        with pytest.raises(Killed), journal:
+            for epoch in journal:
+                journal.step(one_step(handle, optimizer))
+                schedule.step()
+                if epoch:
+                    raise Killed
+        return optimizer.param_groups[0]["lr"]
+
+    lines: list[str] = []
+    run(0.5, lines), run(0.5, lines)
+    assert not any("rate stands" in line for line in lines)
+    assert run(1.0, lines) == 0.5 / 2**2
+    assert any("the checkpoint's learning rate stands: 0.5, not the 1 " in line for line in lines)
+
+
+def test_what_kills_left_of_files_is_swept_away(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        script.loop(folder, "lora", at(2, 0))
+    for name in (".result.json.x.tmp", "adapter/.adapter_config.json.y.tmp", "finished/.buffers.pt.z.tmp"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+    (folder / ".mine.tmp").write_text("mine")
+    script.loop(folder, "lora")
+    assert [path.name for path in folder.rglob(".*")] == [".mine.tmp"]
+
+
 # Wrong input ----------------------------------------------------------------------
+
+
+def test_a_round_without_a_step_is_told(tmp_path: Path) -> None:
+    _, _, journal, _ = opened(tmp_path / "rounds", epochs=2)
+    with pytest.warns(lf.LorafitWarning, match="round 1 is over, and no step was noted") as caught, journal:
+        for _ in journal:
+            journal.evaluate([1.0, 2.0])
+    assert len(caught) == 1
+    _, _, journal, _ = opened(tmp_path / "free")
+    with pytest.warns(lf.LorafitWarning, match="the loop is over, and no step was noted"), journal:
+        journal.evaluate([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"also": 3}, "found:    3"),
+        ({"also": [3]}, "found:    a list"),
+        ({"also": {"a": None}}, r"Journal\.also\['a'\]"),
+        ({"also": {"a": torch.optim.SGD}}, "state_dict"),
+        ({"also": {1: torch.Generator(), "b": torch.Generator()}}, "names of your own"),
+        ({"data": ["x"]}, "a mapping from texts"),
+        ({"data": {1: "x"}}, "a mapping from texts"),
+        ({"data": {"event": "x"}}, "keys of this name"),
+        ({"seed": "x"}, "no seed"),
+        ({"say": None}, "no say"),
+        ({"keep_best": 1}, "true or false"),
+        ({"folder": None}, "no folder"),
+        ({"handle": nn.Linear(2, 2)}, "lf.attach"),
+        ({"optimizer": 10}, "epochs=10"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_arguments_are_looked_at_at_once(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    handle, optimizer = script.made(script.METHODS["lora"])
+    given = {"folder": tmp_path / "run", "handle": handle, "optimizer": optimizer, **options}
+    with pytest.raises(lf.ConfigError, match=says):
+        lf.Journal(**given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda journal: journal.step(None), "found:    None"),
+        (lambda journal: journal.step("0.5"), "found:    '0.5'"),
+        (lambda journal: journal.step(0.5, grad_norm=torch.ones(3)), "grad_norm of a step must be one number"),
+        (lambda journal: journal.step(0.5, examples=3.5), "whole number of examples"),
+        (lambda journal: journal.evaluate(lambda x: x, [torch.ones(2)], correct=[1, 1]), "with correct beside it"),
+        (lambda journal: journal.evaluate(lambda x: x, [torch.ones(2)], counts=[1, 1]), "with counts beside it"),
+        (lambda journal: journal.evaluate(lambda x: x), "a function alone"),
+        (lambda journal: journal.evaluate([1.0], [torch.ones(2)]), "a list beside a loader"),
+        (lambda journal: journal.evaluate(lambda x: (x, x, x), [torch.ones(2)]), "a tuple of 3"),
+        (lambda journal: journal.evaluate(lambda x: (x, 2 * x), [torch.ones(2)]), "2 of 1"),
+    ],
+    ids=["none", "text", "norms", "examples", "correct", "counts", "alone", "beside", "three", "more"],
+)
+def test_calls_with_something_else(tmp_path: Path, call: Callable[[lf.Journal], Any], says: str) -> None:
+    _, _, journal, _ = opened(tmp_path / "run")
+    with pytest.raises(lf.ConfigError, match=says), journal:
+        call(journal)
+    assert journal.taken == 0 and not journal.evaluations
 
 
 def test_the_folder_of_another_loop_is_refused(tmp_path: Path) -> None:
@@ -403,8 +529,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         (["high"], {}, "a list"),
         ([1.0, 2.0], {"correct": [1]}, "1 correct, 2 losses"),
         ([1.0, 2.0], {"counts": [1, 0]}, "without a prediction"),
+        ([1.0, 2.0], {"counts": [1, math.inf]}, "without a prediction"),
+        ([1.0, 2.0], {"counts": [1, math.nan]}, "without a prediction"),
+        ([1.0, 2.0], {"correct": [1, 2]}, "no more than all"),
+        ([1.0, 2.0], {"correct": [1, -1]}, "no more than all"),
+        ([1.0, 2.0], {"correct": [1, math.nan]}, "no more than all"),
     ],
-    ids=["scalar", "matrix", "empty", "number", "words", "correct", "counts"],
+    ids=[
+        "scalar",
+        "matrix",
+        "empty",
+        "number",
+        "words",
+        "correct",
+        "counts",
+        "endless",
+        "nan-counts",
+        "too-many",
+        "negative",
+        "nan-correct",
+    ],
 )
 def test_losses_that_are_not_one_for_each_record(tmp_path: Path, losses: Any, options: Any, says: str) -> None:
     _, _, journal, _ = opened(tmp_path / "run")

@@ -6,9 +6,10 @@ import importlib
 import pickle
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +17,7 @@ from lorafit import files
 from lorafit.errors import CheckpointError
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """What can be saved and go on: optimizers, learning rate schedulers, gradient scalers, averages of weights."""
 
@@ -64,6 +66,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         numpy = importlib.import_module("numpy")
         kind, keys, *others = state["numpy"]
         numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *others))
+
+
+@contextmanager
+def random_apart() -> Iterator[None]:
+    """What is drawn within leaves the random numbers after it as they would have been."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Any, cast, final, overload
 import torch
 from torch import Tensor
 
-from lorafit.errors import ConfigError, StateError, TrainingError
+from lorafit.errors import ConfigError, LorafitWarning, StateError, TrainingError
 from lorafit.handle import Handle
 from lorafit.hooks import check_held
-from lorafit.journal import telling
+from lorafit.journal import asked, telling
 from lorafit.journal.book import Book, Plan
 from lorafit.journal.buffers import Buffers
 from lorafit.journal.condition import Kept, set_random_state
 from lorafit.journal.keeping import Keeping
-from lorafit.journal.measuring import Measure, Numbers, computed, given
+from lorafit.journal.measuring import Measure, Numbers, check_asked, computed, given
 from lorafit.journal.place import CHECKPOINT, Place, Say
 from lorafit.journal.telling import WAYS, Ended
 from lorafit.methods import validate
@@ -90,18 +91,21 @@ class Journal:
                 fix=f"epochs={epochs}",
             )
         every = save_every or max(1, (steps or 1) // 10)
-        names = tuple(sorted(also or {}))
+        asked.check(folder, handle, optimizer, seed, say)
+        validate.flag("Journal.keep_best", keep_best)
+        self._also = asked.along(also)
+        self._data = asked.told(data)
+        names = tuple(sorted(self._also))
         self._plan = Plan(epochs, steps, every, log_every, keep_best, seed, names)
         self._place = Place(Path(folder))
         self._handle = handle
         self._optimizer = optimizer
-        self._also = dict(also or {})
-        self._data = dict(data or {})
         self._say = say
         self._inside: tuple[Book, Keeping] | None = None
         self._random: Mapping[str, Any] | None = None
         self._measure: tuple[Measure, Iterable[Any]] | None = None
-        self._norm: float | None = None
+        self._norm: float | Tensor | None = None
+        self._stepless = False
         self._finished = False
         self.taken = 0
         self.rounds = 0
@@ -166,15 +170,21 @@ class Journal:
                 expected="one of the two",
                 fix="Journal(folder, handle, optimizer, epochs=10)",
             )
+        if self.rounds >= planned:  # a loop that was stopped after its last round: what comes after it is left
+            self._go_on()
         while self.rounds < planned and not self._finished:
             self._go_on()
             book.pace.begin()
+            before = self.taken
             yield self.rounds
             self.rounds += 1
+            self._check_step(before)
             if self.rounds % self._plan.save_every == 0 or self.rounds == planned:
                 self._save()
 
-    def step(self, loss: Tensor | float, *, examples: int | None = None, grad_norm: float | None = None) -> None:
+    def step(
+        self, loss: Tensor | float, *, examples: int | None = None, grad_norm: Tensor | float | None = None
+    ) -> None:
         """Notes an optimizer step: call it after each.
 
         Args:
@@ -183,18 +193,20 @@ class Journal:
             grad_norm: what `clip_grad_norm_` gave.
 
         Raises:
+            ConfigError: the loss is not one number.
             TrainingError: the loss is not finite, noticed when it is recorded, before the next checkpoint.
             StateError: outside of the `with` block, or in a loop that is finished.
         """
         book, _ = self._going()
-        book.pace.add(loss, examples)
+        norm = None if grad_norm is None else asked.number("grad_norm", grad_norm)
+        book.pace.add(loss, asked.examples(examples))
         self.taken += 1
-        self._norm = None if grad_norm is None else float(grad_norm)
+        self._norm = norm
         if self.taken % self._plan.log_every == 0:
             self._log(book)
 
     def _log(self, book: Book) -> None:
-        book.log(self.taken, self.rounds, self._norm)
+        book.log(self.taken, self.rounds, None if self._norm is None else float(self._norm))
 
     @overload
     def evaluate(self, losses: Numbers, *, correct: Numbers | None = None, counts: Numbers | None = None) -> float: ...
@@ -230,6 +242,7 @@ class Journal:
             StateError: outside of the `with` block.
         """
         book, keeping = self._open()
+        check_asked(losses, loader, correct, counts)
         known = next((one for one in book.evaluations if one.step == self.taken), None)
         if known is not None:
             return known.mean
@@ -244,7 +257,8 @@ class Journal:
             found = computed(self._handle.model, *self._measure)
         found = ranks.first(lambda: found)
         one = Evaluation.of(self.taken, found.losses, found.counts)
-        if self._random is None:  # else it was asked before the loop goes on, where its first start had it already
+        over = self._plan.rounds is not None and self.rounds >= self._plan.rounds
+        if self._random is None or over:  # else it was asked before the loop goes on: its first start had it already
             book.measured(one, found, time.perf_counter() - started)
             if self._plan.keep_best and self.taken and all(one.mean <= other.mean for other in book.evaluations):
                 keeping.best(self.taken)  # before it is noted: what is noted is there
@@ -268,6 +282,17 @@ class Journal:
                 fix="Journal(..., save_every=1)",
             )
         self._save()
+
+    def _check_step(self, before: int) -> None:
+        """Warns of a round without a step, once: evaluations are told by the steps until then."""
+        if self.taken == before and not self._stepless and self._plan.steps is None:
+            self._stepless = True
+            self._warn(f"round {self.rounds:,} is over, and no step was noted in it")
+
+    def _warn(self, what: str) -> None:
+        if ranks.speaks():
+            text = f"{what}: call journal.step(loss) after each optimizer step; of evaluations without one in between"
+            warnings.warn(f"{text} only the first is noted", LorafitWarning, stacklevel=4)
 
     def _save(self) -> None:
         book, keeping = self._going()
@@ -339,6 +364,8 @@ class Journal:
     def _finish(self, book: Book, keeping: Keeping) -> None:
         self._go_on()  # a loop that was stopped after its last round has none that would
         self._log(book)
+        if not self.taken and not self._stepless and (book.evaluations or self.rounds):
+            self._warn("the loop is over, and no step was noted")
         if self._measure is not None and all(one.step != self.taken for one in book.evaluations):
             self.evaluate(*self._measure)
         verdict = judge(book.evaluations, book.trained(self.taken), ways=WAYS)

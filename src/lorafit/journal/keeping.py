@@ -110,9 +110,13 @@ class Keeping:
                 fix=fix,
             )
         self._load(whole.path)
+        given: list[str] = []
+        stands: list[str] = []
         try:
             if self._optimizer is not None:
+                given = _rates(self._optimizer)
                 self._optimizer.load_state_dict(state["optimizer"])
+                stands = _rates(self._optimizer)
             for name, kept in mine.items():
                 restore(kept, known[name])
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
@@ -131,6 +135,11 @@ class Keeping:
                 found=repr(rounds),
                 expected="a whole number",
                 fix=f"remove {whole.path.name}: the same program then goes on from the checkpoint before it",
+            )
+        if given != stands:
+            self._say(
+                f"the checkpoint's learning rate stands: {some(stands)}, not the {some(given)} of the optimizer as it "
+                "was made now; another rate is another loop, in another folder"
             )
         self._last, self._proved = (whole.step, rounds), True
         return rounds, self._random(whole.path)
@@ -174,6 +183,12 @@ class Keeping:
     def finished(self) -> None:
         """Makes the adapter what it was when the loop ended."""
         self._load(self._place.path / FINISHED)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The learning rates that an optimizer began with, each once: what a schedule made of them since is its own."""
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    return [f"{rate:.2g}" for rate in dict.fromkeys(rates)]
 
 
 def _along(names: Mapping[str, Any], optimizer: object) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from lorafit.errors import ConfigError, TrainingError
+from lorafit.journal.condition import random_apart
 from lorafit.rest import at_rest
 
 Numbers = Sequence[float] | Tensor
@@ -39,6 +39,26 @@ class Measured:
         return None if self.correct is None else math.fsum(self.correct) / math.fsum(self.counts)
 
 
+def check_asked(losses: object, loader: object, correct: object, counts: object) -> None:
+    """Raises `ConfigError` for numbers of records beside a function of batches, or for a half of one of these."""
+    if loader is None and callable(losses):
+        found, fix = "a function alone", "journal.evaluate(function, loader)"
+    elif loader is not None and not callable(losses):
+        found, fix = f"a {type(losses).__name__} beside a loader", "journal.evaluate(losses)"
+    elif loader is not None and (correct is not None or counts is not None):
+        found = f"a function with {'correct' if counts is None else 'counts'} beside it"
+        fix = "a function that gives (losses, correct); or compute them: journal.evaluate(losses, correct=, counts=)"
+    else:
+        return
+    raise ConfigError(
+        "evaluate takes the numbers of records, or a function and the batches that it is called with",
+        where="Journal.evaluate",
+        found=found,
+        expected="evaluate(losses, correct=..., counts=...) or evaluate(function, loader)",
+        fix=fix,
+    )
+
+
 def given(losses: Numbers, correct: Numbers | None, counts: Numbers | None) -> Measured:
     """The losses that a loop has computed itself.
 
@@ -56,13 +76,23 @@ def given(losses: Numbers, correct: Numbers | None, counts: Numbers | None) -> M
                 found=f"{len(values):,} {name}, {len(each):,} losses",
                 expected="one of each for every record",
             )
-    if not all(value > 0 for value in many):
+    odd = [value for value in many if not 0 < value < math.inf]
+    if odd:
         raise ConfigError(
             "a record without a prediction has no loss",
             where="Journal.evaluate: counts",
-            found=min(many),
+            found=odd[0],
             expected="at least one prediction in every record",
             fix="leave such records out",
+        )
+    wrong = [(value, of) for value, of in zip(right or (), many, strict=False) if not 0 <= value <= of]
+    if wrong:
+        raise ConfigError(
+            "of a record's predictions no more than all can be right",
+            where="Journal.evaluate: correct",
+            found=f"{wrong[0][0]:g} of {wrong[0][1]:g}",
+            expected="a number from 0 to that of its predictions",
+            fix="journal.evaluate(losses, correct=correct, counts=counts), where records have several predictions",
         )
     return Measured(each, many, right)
 
@@ -75,10 +105,9 @@ def computed(model: nn.Module, measure: Measure, batches: Iterable[Any]) -> Meas
     """
     losses: list[float] = []
     correct: list[float] = []
-    with at_rest(model), torch.random.fork_rng(devices=[]):
+    with at_rest(model), random_apart():
         for batch in batches:
-            found = measure(batch)
-            each, right = found if isinstance(found, tuple) else (found, None)
+            each, right = _parts(measure(batch))
             losses += numbers(each, "losses")
             correct += () if right is None else numbers(right, "correct")
     if correct and len(correct) != len(losses):
@@ -89,6 +118,21 @@ def computed(model: nn.Module, measure: Measure, batches: Iterable[Any]) -> Meas
             expected="one of each for every record",
         )
     return given(losses, correct or None, None)
+
+
+def _parts(found: Any) -> tuple[Any, Any]:
+    """The losses of a batch, and what was right, if that was said."""
+    if not isinstance(found, tuple):
+        return found, None
+    if len(found) != 2:
+        raise ConfigError(
+            "the function gives neither losses nor losses and what was right",
+            where="Journal.evaluate",
+            found=f"a tuple of {len(found)}",
+            expected="a tensor (records,), or two of them",
+            fix="return losses, correct",
+        )
+    return found[0], found[1]
 
 
 def numbers(values: Iterable[Any] | Tensor, what: str) -> tuple[float, ...]:

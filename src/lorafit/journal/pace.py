@@ -7,7 +7,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lorafit.errors import ConfigError
+from lorafit.journal import asked
 
 
 @final
@@ -48,7 +48,7 @@ class Pace:
         Raises:
             ConfigError: the loss is not one number.
         """
-        value, now = _one(loss), time.perf_counter()
+        value, now = asked.number("loss", loss), time.perf_counter()
         passed, self._mark = now - self._mark, now
         self.seconds += passed
         self._here += passed
@@ -69,17 +69,3 @@ class Pace:
         }
         self._clear()
         return figures
-
-
-def _one(loss: Tensor | float) -> Tensor | float:
-    if not isinstance(loss, Tensor):
-        return float(loss)
-    if loss.numel() != 1:
-        raise ConfigError(
-            "the loss of a step must be one number",
-            where="Journal.step",
-            found=f"a tensor of shape {tuple(loss.shape)}",
-            expected="the scalar that backward was called on",
-            fix="journal.step(loss.mean())",
-        )
-    return loss.detach().reshape(()).float()

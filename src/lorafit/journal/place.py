@@ -11,7 +11,7 @@ from typing import Any, final
 
 from lorafit import files
 from lorafit.errors import CheckpointError, ConfigError, some
-from lorafit.training.owned import COMPLETE, RECORDS, RESULT, differing, lines, read
+from lorafit.training.owned import ADAPTER, COMPLETE, RECORDS, REPORT, RESULT, differing, lines, read
 
 BEGUN = "journal.json"
 FINISHED = "finished"
@@ -83,6 +83,14 @@ class Place:
                 fix="choose another folder",
             )
         files.write_text(begun, json.dumps(wanted, indent=2, ensure_ascii=False))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Takes away what kills left of files that were being written."""
+        left = [child for name in (BEGUN, RESULT, REPORT) for child in self.path.glob(f".{name}.*.tmp")]
+        left += [child for name in (ADAPTER, FINISHED) for child in (self.path / name).glob(".*.tmp")]
+        for child in left:
+            child.unlink(missing_ok=True)
 
     def _left_nothing(self) -> bool:
         """Whether the loop there saved nothing from which anything could go on."""
