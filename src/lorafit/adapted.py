@@ -7,7 +7,6 @@ hooks are untouched. Generated classes are cached per base class, and pickle and
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lorafit.casting import cast
 from lorafit.errors import StateError, some
 from lorafit.kernels.precision import autocasts
 from lorafit.kernels.siblings import Member
@@ -196,8 +196,8 @@ def by_copy(module: nn.Module, entry: nn.Module, args: tuple[Any, ...], kwargs: 
     if raised is None:
         return entry(*args, **kwargs)
     low, high, back = raised
-    args, kwargs = _cast(args, low, high), _cast(kwargs, low, high)
-    return _cast(entry(*args, **kwargs), high, back)
+    args, kwargs = cast(args, low, high), cast(kwargs, low, high)
+    return cast(entry(*args, **kwargs), high, back)
 
 
 def _raised(module: nn.Module, entry: nn.Module) -> tuple[torch.dtype, torch.dtype, torch.dtype] | None:
@@ -214,24 +214,6 @@ def _raised(module: nn.Module, entry: nn.Module) -> tuple[torch.dtype, torch.dty
             elif found is not None:  # a module of several types: the last parameter says what comes out
                 found = (*found[:2], mine.dtype)
     return found
-
-
-def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
-    """Tensors of type `before` as `after`, in tuples, lists and mappings too; all else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(after) if value.dtype == before else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast(each, before, after) for each in value)
-    if type(value) is dict:
-        return {key: _cast(each, before, after) for key, each in value.items()}
-    if isinstance(value, tuple) and "_fields" in vars(type(value)):  # a named one
-        return type(value)(*(_cast(each, before, after) for each in value))
-    if isinstance(value, OrderedDict):  # and what transformers returns, which keeps its attributes in step
-        changed = copy.copy(value)
-        for key, each in value.items():
-            changed[key] = _cast(each, before, after)
-        return changed
-    return value
 
 
 def _generate(label: str, base: ModuleClass, forward: Callable[..., Any], make: Generator) -> ModuleClass:

@@ -19,7 +19,7 @@ from lorafit.method import Method
 SOURCE = Path(lf.__file__).parent
 TIERS = (
     ("errors",),
-    ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite", "rest", "sharded"),
+    ("files", "delta", "memo", "fastfood", "compress", "patterns", "finite", "rest", "sharded", "casting"),
     ("kernels.scratch", "kernels.precision", "kernels.frozen", "kernels.geometry", "targets", "rownorm", "spectrum"),
     ("kernels.masks", "kernels.products", "kernels.pointwise", "kernels.vectors"),
     ("kernels.parts",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 import lorafit as lf
+from lorafit.casting import cast
 from lorafit.errors import CheckpointError
 
 
@@ -408,3 +412,93 @@ def test_a_cast_copy_compiles_whole(x):
     x = x.bfloat16()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), model(x))
+
+
+class Packing(nn.Module):
+    """Calls a recurrent module with a sequence that is packed."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.into, self.recurrent = nn.Linear(8, 8), kind(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        out, _ = self.recurrent(pack_sequence([x[0], x[1, :2]]))
+        return out.data
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    scores: Tensor
+    rows: tuple[Tensor, ...] = ()
+    size: int = dataclasses.field(init=False, default=3)
+
+
+@dataclasses.dataclass(slots=True)
+class Slim:
+    scores: Tensor
+
+
+class Scoring(nn.Module):
+    """Gives a data class, and takes one."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind, self.dense = kind, nn.Linear(8, 8)
+
+    def forward(self, given: Scored | Slim) -> Scored | Slim:
+        return self.kind(self.dense(given.scores))
+
+
+class ScoringNet(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(8, 8), Scoring(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.head.kind(self.into(x))).scores
+
+
+@pytest.mark.parametrize(
+    ("make", "saved"),
+    [
+        (lambda: Packing(nn.LSTM), "recurrent"),
+        (lambda: Packing(nn.GRU), "recurrent"),
+        (lambda: ScoringNet(Scored), "head"),
+        (lambda: ScoringNet(Slim), "head"),
+    ],
+    ids=["lstm", "gru", "data-class", "slots"],
+)
+def test_copies_take_and_give_what_holds_tensors(make, saved):
+    model = make().bfloat16()
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    before = model(x)
+    handle = lf.attach(model, lf.LoRA(r=2), ["into"], modules_to_save=[saved], seed=0)
+    out = model(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, before, atol=2e-2, rtol=2e-2)
+    out.float().sum().backward()
+    assert all(copied.grad is not None for copied in handle.copies[saved].parameters())
+
+
+def test_what_holds_no_such_tensor_stays_itself():
+    cache = Scored(torch.ones(2), (torch.ones(1),))
+    assert cast(cache, torch.bfloat16, torch.float32) is cache and cast(Scored, torch.float32, torch.bfloat16) is Scored
+    changed = cast(cache, torch.float32, torch.bfloat16)
+    assert changed.scores.dtype == changed.rows[0].dtype == torch.bfloat16 and changed.size == 3
+    top = cast(torch.ones(2, 2).max(0), torch.float32, torch.bfloat16)
+    assert top.values.dtype == torch.bfloat16 and type(top) is torch.return_types.max
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_what_torch_cannot_copy_is_refused(norm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        old = getattr(nn.utils, norm)(nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(8, 8), old)
+    model(torch.ones(1, 8))
+    with pytest.raises(lf.TargetError, match=r"(?s)computed from others.*torch\.nn\.utils\.parametrizations"):
+        lf.attach(model, lf.LoRA(r=2), ["0"], modules_to_save=["1"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model[1] = getattr(nn.utils.parametrizations, norm)(nn.Linear(8, 2))
+    assert lf.attach(model, lf.LoRA(r=2), ["0"], modules_to_save=["1"]).saved
