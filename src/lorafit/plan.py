@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from lorafit.adapted import BANK, bank_of, banks, plain_class, walk
 from lorafit.errors import ConfigError, StateError, TargetError, nearest, some
@@ -93,11 +93,16 @@ _WRAPPERS = (
 a model can hold such a module only then."""
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuses a model on which layers cannot be adapted in place any more.
+def check_model(model: nn.Module, *, shaped: bool = True) -> None:
+    """Refuses a model on which layers cannot be adapted in place any more, or not yet.
+
+    Args:
+        model: the model.
+        shaped: whether all its tensors must have a shape.
 
     Raises:
-        TargetError: a compiled, sharded or distributed model. The order is quantise → attach → shard → compile.
+        TargetError: a compiled, sharded or distributed model. The order is quantise → attach → shard → compile. Or one
+            with layers without a shape.
         StateError: an adapter is merged into the weights, which are then not the base's.
     """
     if not isinstance(model, nn.Module):
@@ -113,6 +118,8 @@ def check_model(model: nn.Module) -> None:
                     expected="a plain model: the order is quantise, attach, shard, compile",
                     fix=fix,
                 )
+        if shaped:
+            _check_shaped(path, module)
     for bank in banks(model):
         if bank.mixing is not None:
             raise StateError(
@@ -125,6 +132,19 @@ def check_model(model: nn.Module) -> None:
                 found=f"adapter {bank.merged[0]!r}, merged",
                 expected="the base model's own weights",
                 fix="unmerge it first, or merge_and_detach() to keep it in the weights for good",
+            )
+
+
+def _check_shaped(path: str, module: nn.Module) -> None:
+    """Raises `TargetError` for a layer that gets its shape from the first batch: it cannot be frozen before that."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and is_lazy(tensor):
+            raise TargetError(
+                "the model has a layer without a shape yet",
+                where=path or "(the model itself)",
+                found=f"{plain_class(module).__name__}: {name} has no shape yet",
+                expected="a model whose tensors have shapes",
+                fix="run the model on one example batch first: model(batch)",
             )
 
 
@@ -221,11 +241,7 @@ def refuse_copy(path: str, modules: Modules) -> None:
     module, parent = modules.by_path[path], modules.parents[path]
     passed = None if parent is None else bypass(parent, module)
     reason = _taken(module, whole=True) if passed is None else (passed[0], "name the module around it instead")
-    if reason is None and any(packed(inner) for _, inner, _ in walk(module)):
-        reason = (
-            "a weight in it is quantised, and integers cannot be trained",
-            f"leave it as it is: quantise(model, exclude=[{path!r}])",
-        )
+    reason = reason or _uncopied(path, modules)
     if reason is not None:
         raise TargetError(
             "this module cannot be saved in full",
@@ -248,12 +264,42 @@ def _weight_objection(path: str, module: nn.Module) -> tuple[str, str] | None:
         return ("its weight has no shape yet", "run the model on one example batch, then attach")
     if weight.device.type == "meta":
         return ("its weight is on the meta device and has no values", "load the weights, then attach")
+    if _tiny(weight):
+        return (
+            f"its weight is stored as {weight.dtype}, which this version cannot train over",
+            f"load the model in bfloat16, or exclude=[{path!r}]",
+        )
     kind = site_class(plain_class(module))
     if not weight.is_floating_point() and (kind is None or not kind.packed):
         return (
             f"its weight is stored as {weight.dtype}, which this version cannot train over",
             f"load the model in bfloat16 or float32, or exclude=[{path!r}]",
         )
+    return None
+
+
+def _tiny(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers have fewer than 16 bits: torch computes with such only in a few places."""
+    return tensor.is_floating_point() and tensor.element_size() < 2
+
+
+def _uncopied(path: str, modules: Modules) -> tuple[str, str] | None:
+    """Why no trained copy can be made of a module, and what mends it."""
+    for _, inner, _ in walk(modules.by_path[path]):
+        if packed(inner):
+            return (
+                "a weight in it is quantised, and integers cannot be trained",
+                f"leave it as it is: quantise(model, exclude=[{path!r}])",
+            )
+        low = next((each for each in inner._parameters.values() if each is not None and _tiny(each)), None)
+        if low is not None:
+            return (f"a weight in it is stored as {low.dtype}, which cannot be trained", "load the model in bfloat16")
+        if any(isinstance(each, torch.Tensor) and not each.is_leaf for each in vars(inner).values()):
+            return (
+                "it keeps a tensor that was computed from others, which torch does not copy (weight_norm and "
+                "spectral_norm of torch.nn.utils do that)",
+                "torch.nn.utils.parametrizations has both in a form that can be copied; or remove_weight_norm first",
+            )
     return None
 
 

@@ -243,3 +243,12 @@ def test_the_largest_useful_rank_is_the_weights_own():
         lf.attach(nn.Sequential(nn.Linear(4, 9)), lf.LoRA(r=5))
     with pytest.raises(lf.ConfigError, match="rank 2 at most"):
         lf.attach(nn.Sequential(nn.Embedding(9, 2)), lf.LoRA(r=3), ["0"])
+
+
+def test_weights_of_fewer_than_16_bits_are_refused():
+    model = nn.Sequential(nn.Linear(16, 16).to(torch.float8_e4m3fn), nn.Linear(16, 16))
+    for options in ({"targets": ["0"]}, {"targets": ["1"], "modules_to_save": ["0"]}):
+        with pytest.raises(lf.TargetError, match=r"(?s)stored as torch\.float8_e4m3fn.*load the model in bfloat16"):
+            lf.attach(model, lf.LoRA(r=2), **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert "0" not in lf.suggest(model).attach(model).sites
