@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorafit.errors import ConfigError
@@ -18,7 +19,8 @@ from lorafit.rest import at_rest
 def called(model: nn.Module, modules: Modules, example: Batch) -> list[str]:
     """The layers of known types that a forward pass calls, in the order of their last call."""
     seen: dict[str, None] = {}
-    with ExitStack() as hooks, at_rest(model):
+    devices = {each.device for each in (*model.parameters(), *model.buffers()) if each.device.type == "cuda"}
+    with ExitStack() as hooks, at_rest(model), torch.random.fork_rng(devices=list(devices)):
         for path in modules.known():
             hooks.callback(modules.by_path[path].register_forward_hook(_noting(seen, path)).remove)
         try:

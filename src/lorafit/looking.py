@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lorafit.adapted import plain_class, walk
 from lorafit.calls import called
 from lorafit.errors import ConfigError, TargetError
-from lorafit.layers import Shape, site_class, site_of
+from lorafit.layers import KINDS, Shape, site_class, site_of
 from lorafit.layers.running import keeps_statistics
 from lorafit.method import Batch, Method
 from lorafit.methods import LoRA
@@ -96,17 +97,20 @@ class Look:
         self.modules = Modules.of(model)
         self.method = LoRA() if method is None else method
         self.ranked = _ranked(self.method)
+        self.rooted = self.method.settings().get("rslora") is True
         self.order = None if example is None else called(model, self.modules, example)
         self.fixed: list[Row] = []
+        self.ways: dict[str, str] = {}
         paths = list(self._adaptable())
         self.shared = shared_weights(model, paths, self.modules)
         self.layers = [Layer(self._plan(path, self.method)) for path in paths]
-        self.include = self._matched(include, "include")
+        self.include = self._included(include)
         self.exclude = self._matched(exclude, "exclude")
         self.linear = set(all_linear(self.modules))
         self.remarks: list[str] = []
         self.guessed: str | None = None
         self.saved = self._heads(heads)
+        self._check_apart()
 
     def _matched(self, patterns: Targets, what: str) -> set[str]:
         """The paths that patterns name, each shared module by its first one."""
@@ -114,6 +118,51 @@ class Look:
             return set()
         aliases = self.modules.aliases
         return {aliases[path] for path in match(patterns, aliases, self.modules.known(), what)}
+
+    def _included(self, patterns: Targets) -> set[str]:
+        """The layers to include, each of them one that can be adapted.
+
+        Raises:
+            TargetError: a pattern names one that cannot be, or none at all.
+        """
+        known, rows = {layer.path for layer in self.layers}, {row.paths[0]: row for row in self.fixed}
+        found: set[str] = set()
+        self._matched(patterns, "include")
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            named = self._matched(pattern if isinstance(patterns, str) else [pattern], "include")
+            odd = next((path for path in sorted(named) if path in rows), None)
+            if odd is None and named & known:
+                found |= named & known
+                continue
+            where = odd if odd is not None else min(named)
+            within = [path for path in known if path.startswith(f"{where}.")]
+            raise TargetError(
+                "a layer to include cannot be adapted",
+                where=f"include: {where}",
+                found=f"{plain_class(self.modules.by_path[where]).__name__}: "
+                + ("no weights of its own" if odd is None else rows[odd].why),
+                expected="layers that can be adapted",
+                near=sorted(within)[:3],
+                fix=self.ways.get(where, f"leave {pattern!r} out of include"),
+            )
+        return found
+
+    def _check_apart(self) -> None:
+        """Raises `ConfigError` for layers of which two arguments say different things."""
+        twice = {
+            "include and exclude": self.include & self.exclude,
+            "include and heads": {path for path in self.include if inside(path, self.saved)},
+            "heads and exclude": self.exclude & self.saved.keys(),
+        }
+        for names, paths in twice.items():
+            if paths:
+                raise ConfigError(
+                    f"{names} say different things of the same layers",
+                    where="suggest",
+                    found=few(sorted(paths)),
+                    expected="each layer in one of them",
+                    fix=f"leave {few(sorted(paths)[:1])} out of {names.partition(' ')[0]}",
+                )
 
     def _plan(self, path: str, method: Method) -> Planned:
         return Planned(path, site_of(self.modules.by_path[path]), method, self.shared.get(path, ()))
@@ -128,11 +177,14 @@ class Look:
                 try:
                     refuse(path, module, base, kind, self.modules.parents[path])
                 except TargetError as error:
+                    self.ways[path] = str(error.fix).partition(", or exclude=")[0]
                     self._fix(path, base, Fate.REFUSED, str(error.found).partition(": ")[2])
                 else:
                     yield path
             elif keeps_statistics(module):
                 self._fix(path, base, Fate.FROZEN, STATISTICS)
+            elif any(is_lazy(parameter) for parameter in own):
+                self._fix(path, base, Fate.REFUSED, "its weight has no shape yet")
             elif own and all(parameter.dim() < 2 for parameter in own):
                 self._fix(path, base, Fate.FROZEN, "vectors: a norm, a bias or a scale")
             elif own:
@@ -188,6 +240,14 @@ class Look:
                 why = own.impossible(placed.plan.spot) or own.wasteful(placed.plan.spot) or ""
             if not why and layer.path not in self.include:
                 why = self._excessive(placed)
+            if why and layer.path in self.include:
+                raise TargetError(
+                    f"{own.name} cannot be put on a layer to include",
+                    where=f"include: {layer.path}",
+                    found=why,
+                    expected="layers that suit the method",
+                    fix="another method, or leave the layer out of include",
+                )
             if why:
                 left.append(Layer(layer.plan, None, why))
             else:
@@ -199,18 +259,30 @@ class Look:
                 "no layer is left to adapt",
                 found="; ".join(_told(rows)) or "none",
                 expected="at least one layer that can be adapted, beside the head",
-                fix="include=[...] adapts a layer that was left out; heads=() keeps the last layer from being a head",
+                fix=self._way_out(left),
             )
         return Chosen(tuple(adapted), tuple(left))
+
+    def _way_out(self, left: Sequence[Layer]) -> str:
+        """What would let a layer be adapted."""
+        able = next((layer.path for layer in left if layer.path not in self.exclude), None)
+        if able is not None:
+            return f"include=[{able!r}] adapts a layer that was left out"
+        if left:
+            return "a narrower exclude"
+        if self.saved:
+            return "heads=() keeps the last layer from being a head"
+        ways = (way for way in self.ways.values() if not way.startswith("leave it out"))
+        return next(ways, f"a model with a layer that can be adapted: {KINDS}")
 
     def _unwanted(self, layer: Layer) -> str:
         """Why a layer is left out whatever its rank would be; empty when it is not."""
         if layer.path in self.exclude:
             return "as asked (exclude)"
-        if self.order is not None and layer.path not in self.order:
-            return "not called for the example: an adapter would get no gradient"
         if layer.path in self.include:
             return ""
+        if self.order is not None and layer.path not in self.order:
+            return "not called for the example, in evaluation mode"
         if layer.shape.lookup:
             return "a table of vectors, which new tokens or a new language would need"
         if layer.plan.site.all_linear and layer.path not in self.linear:
@@ -222,8 +294,12 @@ class Look:
         if not self.ranked:
             return layer
         rank = rank_for(layer.shape, most)
-        own = self.method.at(r=rank, alpha=2.0 * rank)
+        own = self.method.at(r=rank, alpha=self._alpha(rank))
         return Layer(self._plan(layer.path, own), rank, _reason(layer.shape, rank, most))
+
+    def _alpha(self, rank: int) -> float:
+        """α of a rank, so that the scale is 2."""
+        return 2.0 * (math.sqrt(rank) if self.rooted else rank)
 
     def _excessive(self, layer: Layer) -> str:
         if not self.ranked:
@@ -254,12 +330,12 @@ class Look:
         base = _commonest(chosen.adapted)
         others = {_key(path): rank for path, rank in ranks.items() if rank != base}
         shapes = [layer.shape for layer in chosen.adapted]
-        method = self.method if base is None else self.method.at(r=base, alpha=2.0 * base)
+        method = self.method if base is None else self.method.at(r=base, alpha=self._alpha(base))
         return Suggestion(
             method=method,
             targets=suffixes_for(paths, list(self.modules.aliases)),
             rank_pattern=others,
-            alpha_pattern={key: 2.0 * rank for key, rank in others.items()},
+            alpha_pattern={key: self._alpha(rank) for key, rank in others.items()},
             modules_to_save=tuple(dict.fromkeys(name for names in self.saved.values() for name in names)),
             rate=RATE * method.rate(shapes),
             full_rate=RATE,
@@ -284,7 +360,8 @@ class Look:
 
     def _remarks(self, chosen: Chosen, limit: int | None) -> Iterator[str]:
         if self.ranked:
-            yield "α is twice the rank everywhere, so that all ranks learn at the same rate"
+            times = "twice the square root of the rank" if self.rooted else "twice the rank"
+            yield f"α is {times} everywhere, so that all ranks learn at the same rate"
         else:
             yield f"{self.method.name} has no rank of its own for a layer: {self.in_adapters(chosen):,} numbers in all"
         if limit is not None:

@@ -9,7 +9,7 @@ The rules, and where they are from:
   down to a power of two: an adapter then has at most half as many numbers as its weight, r (in + out) ≤ in · out / 2.
   With groups it is a multiple of them.
 - An adapter that has as many numbers as its weight, as every one of a depthwise convolution has, is not worth it.
-- α = 2 r everywhere: the scale, and so the rate, is the same for all ranks.
+- α = 2 r everywhere, and 2 √r for rsLoRA: the scale, and so the rate, is the same for all ranks.
 - A head that narrows to few outputs is trained in full, as PEFT does with the classifiers of its sequence models: the
   outputs of a new task are none of the old one's.
 - The rate is 10⁻³ times the method's own factor: ten times 10⁻⁴, which is common in full fine-tuning by Adam. That
@@ -59,10 +59,11 @@ def suggest(
         exclude: layers to leave as they are.
 
     Raises:
-        ConfigError: the budget is too small, or an argument is none.
-        TargetError: a pattern that matches nothing, or nothing is left to adapt.
+        ConfigError: the budget is too small, an argument is none, or two say different things of a layer.
+        TargetError: a pattern that matches nothing, a layer to include that cannot be adapted, nothing is left to
+            adapt, or a layer has no shape before the example.
     """
-    check_model(model)
+    check_model(model, shaped=example is not None)
     validate.rank("suggest.r", r)
     if method is not None and not isinstance(method, Method):
         raise ConfigError(

@@ -246,7 +246,11 @@ def test_the_model_is_as_it_was() -> None:
     model = Network().train()
     model.head.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    model.hidden.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
     lf.suggest(model, example=EXAMPLE)
+    model.hidden._forward_hooks.clear()
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert model.training and not model.head.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -293,7 +297,111 @@ def test_a_head_that_another_adapter_trains_is_counted_once() -> None:
     assert suggestion.attach(model, name="two").num_trainable == suggestion.trained
 
 
-def test_a_layer_without_a_shape_is_told() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(32), nn.Linear(32, 32))
+@pytest.mark.parametrize(
+    "lazy", [nn.LazyLinear(32), nn.LazyBatchNorm1d(track_running_stats=False), nn.LazyBatchNorm1d()], ids=repr
+)
+def test_a_layer_without_a_shape_is_told(lazy: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), lazy, nn.Linear(32, 32))
     suggestion = lf.suggest(model)
-    assert "no shape yet" in reasons(suggestion, Fate.REFUSED)["1"] and suggestion.total == 2 * (32 * 32 + 32)
+    assert suggestion.total == 2 * (32 * 32 + 32)
+    if not isinstance(lazy, nn.LazyBatchNorm1d) or lazy.running_mean is None:
+        assert "no shape yet" in reasons(suggestion, Fate.REFUSED)["1"]
+    for call in (
+        lambda: lf.suggest(model, example=torch.zeros(2, 32)),
+        lambda: suggestion.attach(model),
+        lambda: lf.attach(model, lf.LoRA(r=2), ["0"], exclude=["1"]),
+    ):
+        with pytest.raises(lf.TargetError, match="one example batch first"):
+            call()
+    assert all(parameter.requires_grad for parameter in model.parameters()) and type(model[1]) is type(lazy)
+    model(torch.zeros(2, 32))
+    assert lf.suggest(model, example=torch.zeros(2, 32)).attach(model).sites
+
+
+class Odd(nn.Module):
+    """Layers of many kinds that no rule adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.only = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.recurrent, self.norm = nn.LSTM(16, 16), nn.LayerNorm(16)
+        self.box = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(self.plain(x)) if self.training else self.plain(x)
+
+
+@pytest.mark.parametrize(
+    ("include", "says"),
+    [
+        (["recurrent"], "no type that is known"),
+        (["norm"], "vectors"),
+        (["box"], "(?s)no weights of its own.*nearest:  box.0"),
+        (["plain", "normed"], "(?s)computed from other tensors.*remove_parametrizations"),
+        ("recurrent|plain", "no type that is known"),
+        (["plane"], "nearest:  plain"),
+    ],
+    ids=["recurrent", "norm", "container", "weight-norm", "expression", "nothing"],
+)
+def test_what_is_included_must_be_a_layer_to_adapt(include: Any, says: str) -> None:
+    with pytest.raises(lf.TargetError, match=says):
+        lf.suggest(Odd(), include=include)
+
+
+def test_what_is_included_must_suit_the_method() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Conv1d(6, 6, 1, groups=3))
+    with pytest.raises(lf.TargetError, match="cannot be put on a layer to include"):
+        lf.suggest(model, method=lf.AdaLoRA(init_r=4, target_r=2), include=["1"])
+    assert lf.suggest(model, include=["1"]).paths(Fate.ADAPTED) == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"include": ["hidden"], "exclude": ["hidden"]}, "include and exclude"),
+        ({"include": ["head"], "heads": ["head"]}, "include and heads"),
+        ({"exclude": ["head"], "heads": ["head"]}, "heads and exclude"),
+    ],
+    ids=["exclude", "heads", "excluded-head"],
+)
+def test_contradictions_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(lf.ConfigError, match=f"(?s){says}.*'head'|'hidden'"):
+        lf.suggest(Network(), **options)
+
+
+def test_what_is_called_in_training_alone_can_be_included() -> None:
+    example = torch.zeros(2, 16)
+    assert "in evaluation mode" in reasons(lf.suggest(Odd(), example=example), Fate.FROZEN)["only"]
+    assert "only" in lf.suggest(Odd(), example=example, include=["only"]).paths(Fate.ADAPTED)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "fix"),
+    [
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))), {}, "make it plain"),
+        (nn.Sequential(nn.Linear(16, 16, device="meta")), {}, "load the weights"),
+        (nn.Sequential(nn.Linear(16, 16).to(torch.float8_e4m3fn)), {}, "load the model in bfloat16"),
+        (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)), {}, r"include=\['0'\]"),
+        (nn.Sequential(nn.Linear(16, 16)), {"exclude": ["0"]}, "a narrower exclude"),
+        (nn.Sequential(nn.Linear(16, 16)), {"heads": ["0"]}, r"heads=\(\)"),
+        (nn.Sequential(nn.ReLU()), {}, "a model with a layer"),
+        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), {}, "call torch.backends.mha"),
+    ],
+    ids=["weight-norm", "meta", "float8", "depthwise", "excluded", "head", "nothing", "encoder"],
+)
+def test_why_no_layer_is_left_has_a_fix_that_holds(model: nn.Module, options: dict[str, Any], fix: str) -> None:
+    with pytest.raises(lf.TargetError, match=f"(?s)no layer is left.*fix: +{fix}"):
+        lf.suggest(model, **options)
+
+
+@pytest.mark.parametrize("method", [lf.LoRA(rslora=True), lf.DoRA(lf.LoRA(rslora=True)), lf.LoRA()], ids=repr)
+def test_all_ranks_have_one_scale(method: lf.Method) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 256), nn.Linear(256, 256))
+    suggestion = lf.suggest(model, method=method, heads=())
+    handle = suggestion.attach(model)
+    ranks = {path: handle.method_at(path).settings()["r"] for path in handle.sites}
+    assert len(set(ranks.values())) > 1
+    assert all(handle.method_at(path).settings()["scale"] == pytest.approx(2.0) for path in handle.sites)
+    times = "twice the square root" if method.settings()["rslora"] else "twice the rank"
+    assert any(times in remark for remark in suggestion.remarks)
