@@ -60,6 +60,20 @@ class Counting(nn.Module):
         return self.linear(x) * (1 + 0.1 * self.calls)
 
 
+class Remembering(nn.Module):
+    """A head with a buffer that is longer after each call, and no part of its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 2)
+        self.register_buffer("past", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.past = torch.cat([self.past, x.detach().mean()[None]])
+        return self.linear(x) + self.past.mean()
+
+
 def old_spectral(layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -123,11 +137,12 @@ def test_buffers_of_all_kinds_go_on(tmp_path: Path, kind: str) -> None:
         assert "of 1 layers changed in training ('1" in line
 
 
-def test_what_a_state_dict_leaves_out_of_a_full_copy_goes_on(tmp_path: Path) -> None:
-    expected, _ = loop(tmp_path / "whole", "batch-norm", head=Counting)
+@pytest.mark.parametrize("head", [Counting, Remembering])
+def test_what_a_state_dict_leaves_out_of_a_full_copy_goes_on(tmp_path: Path, head: type[nn.Module]) -> None:
+    expected, _ = loop(tmp_path / "whole", "batch-norm", head=head)
     with pytest.raises(Stop):
-        loop(tmp_path / "cut", "batch-norm", stop=2, head=Counting)
-    found, _ = loop(tmp_path / "cut", "batch-norm", head=Counting)
+        loop(tmp_path / "cut", "batch-norm", stop=2, head=head)
+    found, _ = loop(tmp_path / "cut", "batch-norm", head=head)
     assert same(found, expected)
 
 
