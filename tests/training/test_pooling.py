@@ -139,6 +139,9 @@ def test_a_pooled_model_is_saved_whole_and_read_again(sentences: Path, tmp_path:
     assert by_class.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(ConfigError, match="pooled states"):
         pooling_of(str(tmp_path / "saved"), "own")
+    assert pooling_of(str(tmp_path / "saved"), "mean").kind == "mean"
+    with pytest.raises(ConfigError, match="trained on something else"):
+        pooling_of(str(tmp_path / "saved"), "cls")
 
 
 def test_an_encoder_in_a_file_of_another_head_is_read(plain: Path, tmp_path: Path) -> None:

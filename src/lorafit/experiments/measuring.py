@@ -13,6 +13,7 @@ from lorafit.checkpoint import load as load_adapter
 from lorafit.experiments.trained import load_head
 from lorafit.experiments.trial import Measured, Notify
 from lorafit.training.batches import AnyCollator, Collator, LabelCollator, ValueCollator
+from lorafit.training.brought import ordered
 from lorafit.training.config import Settings
 from lorafit.training.data import (
     DataSettings,
@@ -28,7 +29,7 @@ from lorafit.training.loss import SupervisedLoss
 from lorafit.training.models import choose_dtype, head_paths, load_classifier, load_tokenizer, locate
 from lorafit.training.numbers import Scale
 from lorafit.training.objectives import Classes, NextToken, Numbers, Objective
-from lorafit.training.pooling import pooling_of
+from lorafit.training.pooling import classes_of, pooling_of
 from lorafit.training.quantised import load_base, quantise_loaded
 from lorafit.training.tasks import CAUSAL, NUMBERS, decide, numbers
 from lorafit.training.valued import load_value_data
@@ -91,10 +92,11 @@ def _head(settings: Settings) -> Headed | None:
     if task == CAUSAL:
         return None
     train, held = (labelled_ones(part, examples.form) for part in (examples.train, examples.eval))
-    pooling = pooling_of(locate(settings.model, _quiet).path, settings.pooling).kind
+    path = locate(settings.model, _quiet).path
+    pooling = pooling_of(path, settings.pooling).kind
     if task == NUMBERS:
         return Headed((), Scale.new(numbers(train)), pooling)
-    return Headed(label_names([*train, *held]), None, pooling)
+    return Headed(ordered(label_names([*train, *held]), classes_of(path)), None, pooling)
 
 
 def _quiet(line: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 from lorafit.errors import ConfigError, DataError, some
+from lorafit.training.brought import ordered
 from lorafit.training.classify import EncodedLabel, LabelEncoder
 from lorafit.training.encode import Encoded, Encoder, Encodings, Sample
 from lorafit.training.examples import Example, Labelled
@@ -332,6 +333,7 @@ def load_labelled_data(
     max_length: int,
     labels: Sequence[str] | None = None,
     loaded: Examples | None = None,
+    known: Sequence[str] = (),
 ) -> LabelledData:
     """Everything that training a classifier takes.
 
@@ -342,6 +344,7 @@ def load_labelled_data(
         labels: the names of the classes in the order of the model's head; gathered from the data and sorted if
             None.
         loaded: what `load_examples` gave for these settings, where it was called already.
+        known: the classes of a head that the model's files bring: labels of the same names are put in their order.
 
     Raises:
         DataError: the data cannot be read, recognised, split or learnt from.
@@ -351,7 +354,7 @@ def load_labelled_data(
     report = Report(list(loaded.announcements), dict(loaded.info))
     learnt, held_out = labelled_ones(loaded.train, loaded.form), labelled_ones(loaded.eval, loaded.form)
     label_names(learnt)  # classes enough to train on, before those of the evaluation data are added
-    names = label_names([*learnt, *held_out]) if labels is None else tuple(labels)
+    names = ordered(label_names([*learnt, *held_out]), known) if labels is None else tuple(labels)
     encoder = LabelEncoder(tokenizer, max_length, names)
     train, held = encoder.encode_all(learnt), encoder.encode_all(held_out)
     counts = [0] * len(names)

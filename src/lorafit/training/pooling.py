@@ -71,7 +71,8 @@ def pooling_of(path: str, asked: str) -> Pooling:
         asked: "auto", "own", or a key of `WORDS`.
 
     Raises:
-        ConfigError: the model's file on its pooling is damaged, or there is no such model.
+        ConfigError: the model's file on its pooling is damaged, there is no such model, or its files bring a head that
+            reads something else.
     """
     config = configured(path)
     kept = config.to_dict().get(KEY)
@@ -84,6 +85,14 @@ def pooling_of(path: str, asked: str) -> Pooling:
             found=OWN,
             expected=f"auto, or {kept}",
             fix="leave pooling out",
+        )
+    if asked in WORDS and asked != kept and brings_head(config):
+        raise ConfigError(
+            "the head that the model's files bring was trained on something else than pooling says",
+            where="pooling",
+            found=asked,
+            expected=f"auto, or {kept if kept in WORDS else OWN}",
+            fix="leave pooling out, or take a model without a head",
         )
     if asked in WORDS:
         return Pooling(asked, f"the head reads {WORDS[asked]}, as pooling says")
@@ -125,6 +134,13 @@ def brings_head(config: Any) -> bool:
     """Whether a model's files hold the head of a classifier or a regression, by its config."""
     names = config.architectures or ()
     return any("SequenceClassification" in name or name.startswith(PREFIX) for name in names)
+
+
+def classes_of(path: str) -> tuple[str, ...]:
+    """The classes by index of the head that a model's files hold, by its config; none where there is no head."""
+    config = configured(path)
+    told = config.id2label if brings_head(config) else None
+    return tuple(str(told[index]) for index in sorted(told)) if told else ()
 
 
 class _UnreachedError(Exception):

@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 from lorafit.errors import ConfigError
 from lorafit.training import ranks
 from lorafit.training.batches import AnyCollator, Collator, LabelCollator, ValueCollator
+from lorafit.training.brought import agreed
 from lorafit.training.classify import EncodedLabel
 from lorafit.training.config import Settings
-from lorafit.training.data import Data, DataSettings, Examples, load_examples
+from lorafit.training.data import Data, DataSettings, Examples, LabelledData, load_examples
 from lorafit.training.embedded_data import embedded_data_path
 from lorafit.training.headed import Headed
 from lorafit.training.loss import SupervisedLoss
@@ -25,7 +26,7 @@ from lorafit.training.models import Located, choose_dtype, head_paths, load_clas
 from lorafit.training.objectives import Classes, NextToken, Numbers, Objective
 from lorafit.training.packing import PackingCollator
 from lorafit.training.packing_trial import Decision, decide
-from lorafit.training.pooling import pooling_of
+from lorafit.training.pooling import classes_of, pooling_of
 from lorafit.training.quantised import check_quantise, load_base, quantise_loaded
 from lorafit.training.recompute import checkpointing
 from lorafit.training.sequences import Encoded, Sample
@@ -169,6 +170,8 @@ def prepare(settings: Settings, arguments: TrainingArguments, notify: Notify) ->
         notify(f"new in this model, and trained in full: {', '.join(head)}")
     own = head_paths(model)
     brought = [path for path in own if path not in head]
+    if brought == own and isinstance(data, LabelledData):
+        _say(notify, agreed(data.labels, classes_of(located.path), located.path))
     objective, collator = labelled(data, pad, model.config if brought and brought == own else None)
     if brought:
         notify(f"the head that the model's files bring is trained on, in full: {', '.join(brought)}")
@@ -262,6 +265,7 @@ def encode(settings: Settings, tokenizer: Any, loaded: Examples) -> AnyData:
         max_length=settings.max_length,
         samples=settings.samples,
         loaded=loaded,
+        known=lambda: classes_of(locate(settings.model, lambda _: None).path),
     )
 
 

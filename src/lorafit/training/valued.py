@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -91,6 +91,7 @@ def load_any(
     max_length: int,
     samples: int,
     loaded: Examples,
+    known: Callable[[], Sequence[str]] = tuple,
 ) -> AnyData:
     """The records as training takes them, whatever is learnt from them; what was guessed is said.
 
@@ -101,6 +102,7 @@ def load_any(
         max_length: tokens of the longest sequence.
         samples: how many questions to choose for generation.
         loaded: what `load_examples` gave for these settings.
+        known: gives the classes by index of a head that the model's files bring; none without one.
 
     Raises:
         DataError: they cannot be learned from.
@@ -113,7 +115,7 @@ def load_any(
         loaded = replace(loaded, announcements=(*loaded.announcements, decided.said))
     if decided.task == NUMBERS:
         return load_value_data(tokenizer, max_length=max_length, loaded=loaded)
-    return load_labelled_data(settings, tokenizer, max_length=max_length, loaded=loaded)
+    return load_labelled_data(settings, tokenizer, max_length=max_length, loaded=loaded, known=known())
 
 
 def class_names(data: AnyData) -> Sequence[str]:
