@@ -76,8 +76,8 @@ def test_texts_become_sequences_with_numbers(encoder_tokenizer: Any) -> None:
 
 def test_a_batch_says_which_numbers_count() -> None:
     records = Records([EncodedValue([1, 2, 3], [0, 0, 0], -100.0, "a:1"), EncodedValue([4], [0], 0.5, "a:2")])
-    batch = ValueCollator(9)([records[0], records[1], records[-1]])
-    assert batch["labels"].tolist() == [0, 0, -100] and batch[VALUES].tolist() == [-100.0, 0.5, -100.0]
+    batch = ValueCollator(9, Scale(-100.0, 1.0, 1.0))([records[0], records[1], records[-1]])
+    assert batch["labels"].tolist() == [0, 0, -100] and batch[VALUES].tolist() == [0.0, 100.5, 0.0]
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9], [1, 2, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert set(inputs_of(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
@@ -97,7 +97,7 @@ class Told(nn.Module):
 def test_the_loss_is_the_squared_error_in_squares_of_the_spread() -> None:
     scale = Scale(3.0, 2.0, 2.0)
     objective, model = Numbers(scale), Told(0.0, 1.0, 0.5)
-    batch = ValueCollator(0)(
+    batch = ValueCollator(0, scale)(
         [
             EncodedValue([1], None, 4.0, "a"),
             EncodedValue([1], None, 5.0, "b"),
@@ -117,9 +117,49 @@ def test_the_loss_is_the_squared_error_in_squares_of_the_spread() -> None:
     assert "perplexity" not in objective.figures(table[:2])
 
 
+@pytest.mark.parametrize(("offset", "spread"), [(2e3, 10.0), (1.7e9, 60.0), (1e12, 1e3)])
+def test_large_labels_that_lie_close_together_are_told_apart(offset: float, spread: float) -> None:
+    """Seconds since 1970 within a minute: in float32 all of them are one number."""
+    values = [offset + spread * math.sin(place) for place in range(32)]
+    scale = Scale.new(values)
+    objective = Numbers(scale)
+    batch = ValueCollator(0, scale)([EncodedValue([1], None, value, "a") for value in values])
+    assert batch[VALUES].dtype == torch.float32 and len(set(batch[VALUES].tolist())) == 32
+
+    class Right(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return SimpleNamespace(logits=batch[VALUES][:, None])
+
+    class Mean(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return SimpleNamespace(logits=torch.zeros(32, 1))
+
+    assert objective.loss(Right(), batch, None).item() == 0
+    assert objective.loss(Mean(), batch, None).item() == pytest.approx(1, rel=1e-5)
+    table = objective.tally(Mean(), batch).stacked()
+    assert table[:, EXPECTED].tolist() == pytest.approx(values, rel=0, abs=1e-5 * spread)
+    error = sum(abs(value - scale.offset) for value in values) / 32
+    assert objective.figures(table)["mean_absolute_error"] == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("values", [[0.1] * 3, [0.7] * 48, [0.3, 0.1 + 0.2], [1e-200, -1e-200]])
+def test_labels_that_differ_by_rounding_alone_are_the_same(values: list[float]) -> None:
+    with pytest.raises(DataError, match="same number"):
+        Scale.new(values)
+
+
+@pytest.mark.parametrize("size", [1e200, 1.7e308])
+def test_labels_that_cannot_be_squared_are_refused(size: float) -> None:
+    with pytest.raises(DataError, match="too large") as caught:
+        Scale.new([size, size, -size])
+    assert f"{-size:g} to {size:g}" in str(caught.value)
+
+
 def test_a_prediction_that_is_not_finite_has_no_figures() -> None:
     objective = Numbers(Scale(0.0, 1.0, 1.0))
-    table = objective.tally(Told(math.inf), ValueCollator(0)([EncodedValue([1], None, 1.0, "a")])).stacked()
+    table = objective.tally(
+        Told(math.inf), ValueCollator(0, objective.scale)([EncodedValue([1], None, 1.0, "a")])
+    ).stacked()
     assert objective.figures(table) == {}
 
 

@@ -217,7 +217,7 @@ def judged_by(loaded: Loaded, described: Description) -> tuple[Objective, AnyCol
 
     pad = loaded.tokenizer.pad_token_id
     if described.scale is not None:
-        return Numbers(described.scale), ValueCollator(pad)
+        return Numbers(described.scale), ValueCollator(pad, described.scale)
     if described.classifies:
         return Classes(), LabelCollator(pad)
     return NextToken(SupervisedLoss.prepare(loaded.model)), Collator(pad)

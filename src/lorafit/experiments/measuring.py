@@ -137,7 +137,7 @@ def collator_of(model: Model) -> AnyCollator:
     pad = model.tokenizer.pad_token_id
     if model.head is None:
         return Collator(pad)
-    return LabelCollator(pad) if model.head.scale is None else ValueCollator(pad)
+    return LabelCollator(pad) if model.head.scale is None else ValueCollator(pad, model.head.scale)
 
 
 def measure(model: Model, settings: Settings, path: str) -> Measured:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from lorafit.errors import ConfigError
 from lorafit.training.classify import EncodedLabel
-from lorafit.training.numbers import EncodedValue
+from lorafit.training.numbers import EncodedValue, Scale
 from lorafit.training.sequences import IGNORED, Encoded
 
 TOKENS = "tokens"
@@ -28,7 +28,10 @@ not records; no model's."""
 
 
 VALUES = "values"
-"""Key of a batch of a regression under which its numbers are, (records,) float32; `labels` says which count."""
+"""Key of a batch of a regression under which its numbers are, (records,) float32; `labels` says which count.
+
+They are what the head has to give: large labels that lie close together are one number in float32.
+"""
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,18 +114,29 @@ class LabelCollator:
 
 @final
 class ValueCollator:
-    """Pads sequences for regression, on the right; arguments and errors are those of `LabelCollator`."""
+    """Pads sequences for regression, on the right.
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+    Args:
+        pad_token_id: as `LabelCollator` has it.
+        scale: how the head's outputs become labels.
+        pad_to_multiple_of: rounds the length of a batch up to a multiple of it.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    def __init__(self, pad_token_id: int, scale: Scale, pad_to_multiple_of: int | None = None) -> None:
         _check_padding(pad_token_id, pad_to_multiple_of)
         self.pad_token_id = pad_token_id
+        self.scale = scale
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, batch: Sequence[EncodedValue]) -> dict[str, Tensor]:
-        """As `LabelCollator`; `values` (batch,) float32, and `labels` (batch,), -100 where none is learnt, else 0."""
+        """As `LabelCollator`; `values` (batch,) float32, what the head should give; `labels` (batch,), 0 or -100."""
         padded = _texts(batch, self.pad_token_id, self.pad_to_multiple_of)
         counted = torch.tensor([0 if one.known else IGNORED for one in batch], dtype=torch.int64)
-        return {**padded, "labels": counted, VALUES: torch.tensor([one.value for one in batch], dtype=torch.float32)}
+        outputs = [self.scale.output(one.value) for one in batch]
+        return {**padded, "labels": counted, VALUES: torch.tensor(outputs, dtype=torch.float32)}
 
 
 AnyCollator: TypeAlias = Collator | LabelCollator | ValueCollator

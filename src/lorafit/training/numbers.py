@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SCALE: Final = "lorafit_scale"
 """Key of a merged model's config under which a scale is that its head has no bias to hold."""
+ROUNDING: Final = 2.0**-50
+"""The share of their size by which numbers differ that are the same but for rounding."""
 
 
 @final
@@ -45,18 +47,28 @@ class Scale:
         """That of a new head, from the training labels.
 
         Raises:
-            DataError: they are all the same number.
+            DataError: they are all the same number, but for rounding, or too far apart to be squared.
 
         >>> Scale.new([1.0, 3.0])
         Scale(offset=2.0, factor=1.0, spread=1.0)
         """
-        mean = math.fsum(values) / len(values)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
-        if not spread > 0:
+        least, most, many = min(values), max(values), f"{len(values):,} training records"
+        try:
+            mean = math.fsum(values) / len(values)
+            spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        except OverflowError:
+            raise DataError(
+                "The labels are too large to be learnt.",
+                found=f"{least:g} to {most:g} on {many}",
+                expected="numbers whose squares are numbers, too (below 1e150)",
+                fix="count them in a larger unit, or learn their logarithms",
+            ) from None
+        # Of one number many times over the mean may be another one, by rounding.
+        if not spread > ROUNDING * max(abs(least), abs(most)):
             raise DataError(
                 "All labels are the same number, so there is nothing to predict.",
-                found=f"{values[0]:g} on all {len(values):,} training records",
-                expected="at least two different numbers",
+                found=f"{values[0]:g} on all {many}",
+                expected="at least two numbers that differ by more than rounding",
                 fix="check that the column of labels is the right one",
             )
         return cls(mean, spread, spread)
@@ -70,6 +82,14 @@ class Scale:
         """That of a head which a model's files bring: it gives the labels themselves, unless its config has a scale."""
         told = config.to_dict().get(SCALE)
         return self.kept if told is None else replace(Scale.read(told), spread=self.spread)
+
+    def output(self, label: float) -> float:
+        """The output that means a label, in Python's own float64.
+
+        >>> Scale(1.7e9, 60.0, 60.0).output(1.7e9 + 30)
+        0.5
+        """
+        return (label - self.offset) / self.factor
 
     def label(self, output: Tensor) -> Tensor:
         """The labels that outputs mean."""

@@ -171,8 +171,11 @@ class Classes(Objective):
 class Numbers(Objective):
     """The squared error of predicted numbers in float32, in squares of the labels' spread.
 
+    Errors are those of the head's outputs: labels may be large and lie close together. Figures in the labels' own unit
+    are computed in float64.
+
     Args:
-        scale: how outputs become labels.
+        scale: how outputs become labels; that of the batches, too.
     """
 
     task: Task = NUMBERS
@@ -184,15 +187,15 @@ class Numbers(Objective):
         self.description = f"mean squared error in float32, of labels that lie {scale.spread:.3g} apart (spread)"
 
     def loss(self, model: nn.Module, batch: Batch, num_items: Tensor | int | None) -> Tensor:
-        predicted, counted = self._predicted(model, batch)
-        total = self._squares(predicted, batch).mul(counted).sum()
+        outputs, counted = self._outputs(model, batch)
+        total = self._squares(outputs, batch).mul(counted).sum()
         return total / (counted.sum().clamp(min=1) if num_items is None else num_items)
 
     def tally(self, model: nn.Module, batch: Batch) -> Tally:
-        predicted, _ = self._predicted(model, batch)
-        losses = self._squares(predicted, batch).cpu().double()
-        pairs = torch.stack([predicted, batch[VALUES].float()], dim=1).cpu().double()
-        return Tally(losses, torch.ones_like(losses), None, pairs)
+        outputs, _ = self._outputs(model, batch)
+        losses = self._squares(outputs, batch).cpu().double()
+        pairs = torch.stack([outputs, batch[VALUES]], dim=1).cpu().double()
+        return Tally(losses, torch.ones_like(losses), None, self.scale.label(pairs))
 
     def counted(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
@@ -201,13 +204,13 @@ class Numbers(Objective):
         pairs = table[:, [PREDICTED, EXPECTED]]
         return agreement(pairs).figures() if len(pairs) and bool(pairs.isfinite().all()) else {}
 
-    def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(records,): the labels that the model gives, and whether each record counts."""
+    def _outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(records,): what the head gives, and whether each record counts."""
         logits: Tensor = model(**inputs_of(batch)).logits
-        return self.scale.label(logits.float().squeeze(-1)), (batch["labels"] != IGNORED).float()
+        return logits.float().squeeze(-1), (batch["labels"] != IGNORED).float()
 
-    def _squares(self, predicted: Tensor, batch: Batch) -> Tensor:
-        return ((predicted - batch[VALUES].float()) / self.scale.spread).square()
+    def _squares(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return ((outputs - batch[VALUES]) * (self.scale.factor / self.scale.spread)).square()
 
 
 def _perplexity(table: Tensor) -> dict[str, float]:

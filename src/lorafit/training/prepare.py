@@ -202,7 +202,8 @@ def labelled(data: AnyData, pad: int, brings: Any = None) -> tuple[Objective, La
         brings: the config of a model whose files bring its head; None where that is new.
     """
     if isinstance(data, ValueData):
-        return Numbers(data.scale if brings is None else data.scale.brought(brings)), ValueCollator(pad)
+        scale = data.scale if brings is None else data.scale.brought(brings)
+        return Numbers(scale), ValueCollator(pad, scale)
     return Classes(), LabelCollator(pad)
 
 
