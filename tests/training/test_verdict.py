@@ -92,6 +92,62 @@ def test_a_run_that_stays_is_rarely_said_to_overfit() -> None:
     assert wrong <= 0.05 * 300 + 3 * math.sqrt(300 * 0.05 * 0.95)
 
 
+def looks(number: int, records: int, seed: int, drift: float = 0.0) -> list[Evaluation]:
+    """Evaluations of a run that stays where it is, or rises by `drift` from one to the next; each has its own noise."""
+    draw = random.Random(seed)
+    own = [1 + draw.random() for _ in range(records)]
+    return [
+        Evaluation.of(place + 1, [each + place * drift + draw.gauss(0, 0.1) for each in own], [1.0] * records)
+        for place in range(number)
+    ]
+
+
+def stopped(evaluations: Sequence[Evaluation]) -> int | None:
+    """The look at which a run that is looked at after every evaluation is said to overfit."""
+    for place in range(1, len(evaluations) + 1):
+        found = judge(evaluations[:place])
+        if found is not None and found.kind is Kind.OVERFITTING:
+            return place
+    return None
+
+
+@pytest.mark.parametrize(("number", "records"), [(30, 200), (30, 5), (10, 2)])
+def test_looking_at_every_evaluation_rarely_ends_a_run_that_stays(number: int, records: int) -> None:
+    runs = 120
+    wrong = sum(stopped(looks(number, records, seed)) is not None for seed in range(runs))
+    assert wrong <= 0.05 * runs + 2 * math.sqrt(runs * 0.05 * 0.95)
+
+
+def test_a_run_that_overfits_is_ended_in_time() -> None:
+    """The loss rises by a hundredth of itself from look to look."""
+    found = [stopped(looks(20, 200, seed, drift=0.015)) for seed in range(30)]
+    assert all(place is not None and place <= 8 for place in found), found
+
+
+@pytest.mark.parametrize("records", [2, 3, 5, 10])
+def test_few_records_do_not_make_overfitting_likelier(records: int) -> None:
+    runs = 600
+    found = [judge(looks(2, records, seed), None) for seed in range(runs)]
+    wrong = sum(one is not None and one.kind is Kind.OVERFITTING for one in found)
+    assert wrong <= 0.05 * runs + 2 * math.sqrt(runs * 0.05 * 0.95)
+
+
+def test_the_verdict_at_the_end_counts_its_own_comparisons_alone() -> None:
+    """What a look in passing does not end a run for, its end may be called."""
+    evaluations = looks(6, 100, 0, drift=0.01)
+    ended, going = judge(evaluations, None), judge(evaluations)
+    assert ended is not None and ended.kind is Kind.OVERFITTING
+    assert going is not None and going.kind is not Kind.OVERFITTING
+
+
+@pytest.mark.parametrize("steps", [(1,), (0, 1), (0, 5)])
+def test_one_evaluation_in_training_decides_nothing(steps: tuple[int, ...]) -> None:
+    own = [1.0 + place / 20 for place in range(20)]
+    evaluations = [Evaluation.of(step, [each + (step == 0) for each in own], [1.0] * 20) for step in steps]
+    found = judge(evaluations)
+    assert found is not None and found.kind is Kind.UNDECIDED and "measured once" in found.sentence
+
+
 def test_the_error_of_a_change_is_that_of_repeated_draws() -> None:
     """The spread of the change over fresh records, against what each draw says of itself."""
     found = []
@@ -109,4 +165,15 @@ def test_probabilities() -> None:
     assert Change(-1.96, 1.0).probability() == pytest.approx(0.025, abs=1e-3)
     assert (Change(-1.0, 0.0).probability(), Change(1.0, 0.0).probability()) == (0.0, 1.0)
     assert Change(0.0, 0.0).probability() == 0.5
-    assert Change(-1.0, math.inf).probability() == 0.5
+    assert Change(-1.0, math.inf).probability() == 0.5 and Change(-1.0, math.inf, 0).margin == math.inf
+
+
+@pytest.mark.parametrize(
+    ("degrees", "wide", "tail"), [(1, 12.7062, 0.147584), (4, 2.77645, 0.0580583), (99, 1.98422, 0.0241198)]
+)
+def test_few_records_make_wide_intervals(degrees: float, wide: float, tail: float) -> None:
+    """Against a table of Student's t."""
+    assert Change(0.0, 1.0, degrees).margin == pytest.approx(wide, rel=1e-5)
+    assert Change(-2.0, 1.0, degrees).probability() == pytest.approx(tail, rel=1e-5)
+    assert Change(2.0, 1.0, degrees).probability() == pytest.approx(1 - tail, rel=1e-5)
+    assert Change(math.inf, 1.0, degrees).probability() == 1

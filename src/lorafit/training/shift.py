@@ -164,7 +164,8 @@ def _accuracies(
     if here is None or records is None:
         return Compared(None, Moved.of(*there), None)
     # The error of a share follows from the share; that of its change would take each record's own answers.
-    levels = [Change(one, math.sqrt(one * (1 - one) / (records - 1)) if records > 1 else math.inf) for one in here]
+    free = records - 1
+    levels = [Change(one, math.sqrt(one * (1 - one) / free) if free else math.inf, free) for one in here]
     before, after = (_apart(_level(each), level) for each, level in zip(there, levels, strict=True))
     moved = Moved(records, here[0], here[1], here[1] - here[0], None)
     return Compared(moved, Moved.of(*there), _gap(before, after, Change(after.value - before.value, math.inf)))
@@ -176,8 +177,12 @@ def _level(one: Evaluation) -> Change:
 
 
 def _apart(one: Change, other: Change) -> Change:
-    """The difference of two values of different records."""
-    return Change(one.value - other.value, math.hypot(one.error, other.error))
+    """The difference of two values of different records, whose errors say as much of it as they are large (Welch)."""
+    error = math.hypot(one.error, other.error)
+    if error == 0 or math.isinf(error):
+        return Change(one.value - other.value, error, min(one.degrees, other.degrees))
+    parts = [(each.error / error) ** 4 / each.degrees for each in (one, other) if each.error]
+    return Change(one.value - other.value, error, 1 / math.fsum(parts) if math.fsum(parts) else math.inf)
 
 
 def _gap(before: Change, after: Change, moved: Change) -> Gap:

@@ -3,7 +3,8 @@
 Each evaluation has a loss for every held-out record. Two evaluations are compared record by record: that a record is
 hard drops out of the difference, so that a change far smaller than the spread of the losses can be told from chance.
 The standard error is that of a ratio estimator with records as the units that were drawn (Cochran 1977, Sampling
-Techniques, eq. 2.46): for the mean over tokens, records of many tokens weigh more.
+Techniques, eq. 2.46): for the mean over tokens, records of many tokens weigh more. It is itself a guess from as many
+records as there are, and so what is probable is told by Student's t.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
-from typing import final
+from typing import Final, final
+
+from lorafit.training.student import below, quantile
 
 ERROR = 0.05
-"""The probability with which a change is said to be one that is none, over all comparisons of a run."""
+"""The probability with which a change is said to be one that is none, over all comparisons of a run.
+
+Over all looks, too, of a run that is looked at after every evaluation, to end it once it overfits.
+"""
 LATE = 2 / 3
 """The share of a run after which it has to have improved to be improving."""
 WORTH = 0.005
@@ -67,21 +72,28 @@ class Evaluation:
 @final
 @dataclass(frozen=True)
 class Change:
-    """A difference of two means, and its standard error."""
+    """A difference of two means, and its standard error.
+
+    Attributes:
+        value: the difference.
+        error: its standard error.
+        degrees: of freedom of the error, one less than the records that it was taken from; infinite where it is known.
+    """
 
     value: float
     error: float
+    degrees: float = math.inf
 
     def probability(self) -> float:
         """How probable a difference as low as this one, or lower, is where there is none."""
         if self.error == 0:
             return 0.5 if self.value == 0 else float(self.value > 0)
-        return NormalDist().cdf(self.value / self.error)
+        return 0.5 if math.isinf(self.error) else below(self.value / self.error, self.degrees)
 
     @property
     def margin(self) -> float:
         """Half the width of the 95 % interval."""
-        return NormalDist().inv_cdf(0.975) * self.error
+        return self.error if math.isinf(self.error) else quantile(0.975, self.degrees) * self.error
 
 
 def change(before: Evaluation, after: Evaluation) -> Change:
@@ -89,15 +101,15 @@ def change(before: Evaluation, after: Evaluation) -> Change:
 
     >>> flat = Evaluation(0, (2.0, 4.0, 6.0), (1.0, 2.0, 3.0))
     >>> change(flat, Evaluation(9, (1.5, 3.0, 4.5), (1.0, 2.0, 3.0)))
-    Change(value=-0.5, error=0.0)
+    Change(value=-0.5, error=0.0, degrees=2)
     """
     total, records = math.fsum(after.counts), len(after.counts)
     moved = [new - old for new, old in zip(after.losses, before.losses, strict=True)]
     value = math.fsum(moved) / total
     if records < 2:
-        return Change(value, math.inf)
+        return Change(value, math.inf, 0)
     rest = math.fsum((each - value * count) ** 2 for each, count in zip(moved, after.counts, strict=True))
-    return Change(value, math.sqrt(rest * records / (records - 1)) / total)
+    return Change(value, math.sqrt(rest * records / (records - 1)) / total, records - 1)
 
 
 @final
@@ -142,32 +154,55 @@ SETTINGS = Ways()
 """The settings of `lorafit train`."""
 
 
-def judge(evaluations: Sequence[Evaluation], trained: float | None = None, *, ways: Ways = SETTINGS) -> Verdict | None:
+class Stage(enum.Enum):
+    """Where a run stands that is judged before its end."""
+
+    GOING = "it goes on"
+
+
+GOING: Final = Stage.GOING
+
+
+def judge(
+    evaluations: Sequence[Evaluation], trained: float | Stage | None = GOING, *, ways: Ways = SETTINGS
+) -> Verdict | None:
     """The verdict on a run; None where it was never evaluated.
 
     Args:
         evaluations: of the same records, in the order of their steps; the first may be of step 0.
-        trained: the mean training loss of the last steps, if it is known.
+        trained: the mean training loss of the last steps of a run that has ended, None if it is not known. Left out of
+            a run that goes on and is looked at after every evaluation: it is then said to overfit only where all these
+            looks together hardly say so by chance.
         ways: what hints call the ways to change the run.
     """
     if not evaluations:
         return None
     best, last = min(evaluations, key=lambda one: one.mean), evaluations[-1]
-    for look in (_overfitting, _unchanged, _late):
-        found = look(evaluations, best, last, trained, ways)
-        if found is not None:
-            return found
-    raise AssertionError("the last look always finds something")
+    told = None if isinstance(trained, Stage) else trained
+    found = _overfitting(best, last, told, ways, _allowed(evaluations, looking=isinstance(trained, Stage)))
+    return found or _unchanged(evaluations, best, last, ways) or _late(evaluations, best, last, told, ways)
+
+
+def _allowed(evaluations: Sequence[Evaluation], *, looking: bool) -> float:
+    """The probability at which the last loss counts as risen over the lowest of those before it.
+
+    The lowest of many is low by luck: what is allowed is divided among them. Of the looks at a run that goes on, the
+    k-th gets the share 1 / (k (k + 1)), which comes to 1 over however many there are.
+    """
+    before = sum(one.step > 0 for one in evaluations[:-1])
+    if not looking:
+        return ERROR / max(1, len(evaluations) - 1)
+    return ERROR / max(1, before * before * (before + 1))
 
 
 def _overfitting(
-    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None, ways: Ways
+    best: Evaluation, last: Evaluation, trained: float | None, ways: Ways, allowed: float
 ) -> Verdict | None:
     """The loss rose since the best step, by more than chance would have it for the best of so many."""
     if best is last or best.step == 0:
         return None
     rise = change(best, last)
-    if 1 - rise.probability() >= ERROR / max(1, len(evaluations) - 1):
+    if 1 - rise.probability() >= allowed:
         return None
     sentence = (
         f"overfitting since step {best.step:,}: the held-out loss rose from {best.mean:.4f} to {last.mean:.4f} "
@@ -179,9 +214,7 @@ def _overfitting(
     return Verdict(Kind.OVERFITTING, best.step, sentence, tuple(hints))
 
 
-def _unchanged(
-    evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None, ways: Ways
-) -> Verdict | None:
+def _unchanged(evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, ways: Ways) -> Verdict | None:
     """The loss is not lower than before the first step."""
     first = evaluations[0]
     if first.step != 0 or last is first:
@@ -200,8 +233,8 @@ def _late(
     evaluations: Sequence[Evaluation], best: Evaluation, last: Evaluation, trained: float | None, ways: Ways
 ) -> Verdict:
     """What happened in the last part of the run."""
-    earlier = [one for one in evaluations if 0 < one.step <= max(1, LATE * last.step)]
-    earlier = earlier or [one for one in evaluations[:-1] if one.step > 0]
+    before = [one for one in evaluations[:-1] if one.step > 0]
+    earlier = [one for one in before if one.step <= max(1, LATE * last.step)] or before
     if not earlier:
         sentence = f"undecided: the held-out loss is {last.mean:.4f}, and was measured once in training"
         return Verdict(Kind.UNDECIDED, best.step, sentence, (f"measure more often: {ways.often}",))
@@ -248,7 +281,7 @@ def _below(trained: float, held: float) -> str:
 def _signed(found: Change) -> str:
     """A change with the half-width of its 95 % interval.
 
-    >>> _signed(Change(-0.05, 0.01))
-    '-0.0500 ± 0.0196'
+    >>> _signed(Change(-0.05, 0.01)), _signed(Change(-0.05, 0.01, degrees=4))
+    ('-0.0500 ± 0.0196', '-0.0500 ± 0.0278')
     """
     return f"{found.value:+.4f} ± {found.margin:.4f}"
