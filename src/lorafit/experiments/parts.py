@@ -11,6 +11,7 @@ from typing import Any, final
 
 from lorafit import files
 from lorafit.errors import ConfigError, DataError
+from lorafit.experiments.counted import check_several
 from lorafit.training.config import Settings
 from lorafit.training.embedded_data import embedded_data_path
 from lorafit.training.examples import Example
@@ -68,7 +69,7 @@ def part(settings: Settings, experiment: Path) -> Parts:
     validation part. `eval_limit` is the size of both at most.
 
     Raises:
-        DataError: the data cannot be read, recognised or split.
+        DataError: the data cannot be read, recognised or split, or the test part is one record.
         ConfigError: they are not those that the experiment was begun with.
     """
     folder = (experiment / DATA).resolve()  # the same from wherever the command is given again
@@ -95,6 +96,7 @@ def part(settings: Settings, experiment: Path) -> Parts:
         held_form = recognise(held, settings.columns)
         said.append(f"test part: {announcement(held, held_form)}")
         test = _Readable(held.records, examples(held, held_form)).limited(settings.eval_limit or TEST)
+    check_several(test.records, source.name if held is None else held.name)
     train = train.without(test)
     train, validation = train.split(_wanted(settings, len(train.records), VALIDATION), settings, "validation")
     train = train.without(validation)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lorafit.experiments.bootstrap import Sample, draw, interval, probability
+from lorafit.experiments.counted import Answers, Told, check_several
 from lorafit.experiments.trial import TRIALS
 from lorafit.training.owned import ADAPTER
 
@@ -77,16 +78,23 @@ def difference(metric: str, measures: Sequence[Measure]) -> Difference:
 
     A seed's two models start from the same values and answer the same records, so they are compared pair by pair: what
     is drawn anew (`bootstrap.draw`) are the differences.
+
+    Raises:
+        DataError: there is one record alone.
     """
     counts = measures[0].counts
+    check_several(counts, "the test part")
     moved = [tuple(b - a for a, b in zip(one.before, one.after, strict=True)) for one in measures]
     drawn = draw([Sample(tuple(moved))], counts, resamples=RESAMPLES, seed=0)
-    low, high = interval(drawn.values[:, 0], LEVEL)
+    told = Told(*interval(drawn.values[:, 0], LEVEL), probability(drawn.values[:, 0]))
+    if metric == "accuracy":
+        sides = [Sample(tuple(one.after for one in measures)), Sample(tuple(one.before for one in measures))]
+        told = Answers.of(sides, counts).apart(0, 1, told, LEVEL)
     total = sum(counts)
     before = sum(sum(one.before) for one in measures) / len(measures) / total
     after = sum(sum(one.after) for one in measures) / len(measures) / total
-    chance = probability(drawn.values[:, 0])
-    return Difference(metric, before, after, after - before, low, high, chance, len(counts), len(measures))
+    ends = (told.low, told.high, told.probability)
+    return Difference(metric, before, after, after - before, *ends, len(counts), len(measures))
 
 
 def verdict(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Scores, intervals and probabilities come from `bootstrap`. All pairs are compared, and Holm's correction is made over
 all of them: the best is chosen by looking at the data, so that comparisons with it alone would call differences real
-that are none. Whoever is not significantly worse than the best shares its place.
+that are none. Whoever is not significantly worse than the best shares its place. Of accuracy, few records that differ,
+and records that all agree, are not told to be surer than they can be (`counted`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias, final
 
 from lorafit.errors import ConfigError, DataError
 from lorafit.experiments.bootstrap import Draws, Sample, draw, holm, interval, probability
+from lorafit.experiments.counted import Answers, Told, check_several
 from lorafit.experiments.pareto import front
 from lorafit.experiments.telling import tell
 
@@ -215,7 +217,7 @@ def rank(
 
     Raises:
         ConfigError: metric, resamples or level is none, or a candidate has no accuracy.
-        DataError: candidates were measured on different records, or two have the same name.
+        DataError: candidates were measured on different records, or on one alone, or two have the same name.
     """
     _check(metric, resamples, level, [candidate["name"] for candidate in candidates])
     failed: list[tuple[str, str]] = []
@@ -238,8 +240,9 @@ def rank(
     drawn = draw([entry.sample for entry in entries], counts, resamples=resamples, seed=seed)
     sign = 1 if metric == "loss" else -1
     order = sorted(range(len(entries)), key=lambda at: (sign * float(drawn.scores[at]), entries[at].name))
-    differences = _differences(entries, order, drawn, level)
-    places = [_placed(entries, order, number, drawn, differences, level, metric) for number in range(len(order))]
+    answers = Answers.of([entry.sample for entry in entries], counts) if metric == "accuracy" else None
+    differences = _differences(entries, order, drawn, answers, level)
+    places = [_placed(entries, order, number, drawn, answers, differences, level) for number in range(len(order))]
     return Ranking(
         metric=metric,
         level=level,
@@ -297,6 +300,7 @@ def _same(before: Sequence[float] | None, now: Sequence[float], name: str) -> Se
             else f"{len(before):,} records of {math.fsum(before):,.0f} predictions, in the same order",
             fix="measure them anew, in a new folder",
         )
+    check_several(now, name)
     return now
 
 
@@ -345,17 +349,22 @@ def _over(kept: Sequence[Mapping[str, Any]], key: str, *, mean: bool) -> float |
     return math.fsum(known) / len(known) if mean else max(known)
 
 
-def _differences(entries: Sequence[_Entry], order: Sequence[int], drawn: Draws, level: float) -> list[Difference]:
+def _differences(
+    entries: Sequence[_Entry], order: Sequence[int], drawn: Draws, answers: Answers | None, level: float
+) -> list[Difference]:
     """Of all pairs, the worse one less the better one."""
     pairs = [(worse, better) for better, worse in combinations(order, 2)]
-    columns = [drawn.values[:, a] - drawn.values[:, b] for a, b in pairs]
-    chances = [probability(column) for column in columns]
+    told = []
+    for a, b in pairs:
+        column = drawn.values[:, a] - drawn.values[:, b]
+        one = Told(*interval(column, level), probability(column))
+        told.append(one if answers is None else answers.apart(a, b, one, level))
     found = []
-    for (a, b), column, chance, adjusted in zip(pairs, columns, chances, holm(chances), strict=True):
-        low, high = interval(column, level)
+    for (a, b), one, adjusted in zip(pairs, told, holm([one.probability for one in told]), strict=True):
         value = float(drawn.scores[a] - drawn.scores[b])
         names = (entries[a].name, entries[b].name)
-        found.append(Difference(*names, value, low, high, chance, adjusted, adjusted < 1 - level))
+        sure = adjusted < 1 - level
+        found.append(Difference(*names, value, one.low, one.high, one.probability, adjusted, sure))
     return found
 
 
@@ -364,25 +373,26 @@ def _placed(
     order: Sequence[int],
     number: int,
     drawn: Draws,
+    answers: Answers | None,
     differences: Sequence[Difference],
     level: float,
-    metric: Metric,
 ) -> Place:
     at = order[number]
     entry = entries[at]
     both = {(one.name, one.other): one for each in differences for one in (each, each.turned())}
     to_best = both.get((entry.name, entries[order[0]].name))
     base = next((each.name for each in entries if each.kind == BASE), None)
-    low, high = interval(drawn.values[:, at], level)
-    most = math.inf if metric == "loss" else 1.0
+    own = Told(*interval(drawn.values[:, at], level))
+    if answers is not None:
+        own = own.between(answers.shares[at], 0.0, level)
     return Place(
         name=entry.name,
         kind=entry.kind,
         place=number + 1,
         tied=to_best is None or not to_best.significant,
         score=float(drawn.scores[at]),
-        low=max(low, 0.0),
-        high=min(high, most),
+        low=max(own.low, 0.0),
+        high=own.high if answers is None else min(own.high, 1.0),
         seeds=tuple(zip(entry.seeds, drawn.seeds[at], strict=True)),
         lost=entry.lost,
         cost=entry.cost,
