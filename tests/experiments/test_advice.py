@@ -114,3 +114,30 @@ def test_room_is_not_all():
     both = compared(candidate("lora", [1.5, 1.51, 1.49], r=16), candidate("vera", [1.9, 1.91, 1.89], trainable=2000))
     told = line(advise(both, {"format": 1, "kind": "did", "d90": 1000, "interval": [800, None]}), "Dimension")
     assert "lora trains the fewest" in told and "vera would have room too, and fared significantly worse" in told
+
+
+def close(shift, seed=11):
+    """By how much a loss is higher on each record: by `shift` on their mean."""
+    chance = random.Random(seed)
+    moves = [chance.gauss(0, 0.05) for _ in range(40)]
+    mean = sum(moves) / 40
+    return [move - mean + shift for move in moves]
+
+
+def test_who_is_behind_by_an_interval_of_its_own_is_not_said_to_do():
+    """The correction for many pairs keeps from calling it worse, and is no reason to recommend it."""
+    best = candidate("lora-r16", [1.5], r=16, trainable=9000)
+    behind = candidate("lora-r4", [1.5], r=4, trainable=3000)
+    others = [candidate(f"other{at}", [1.5], trainable=20_000) for at in range(6)]
+    for one, moved in ((behind, close(0.019)), *((each, close(0.001, at)) for at, each in enumerate(others))):
+        one["seeds"][0]["losses"] = [
+            loss + 10 * more for loss, more in zip(best["seeds"][0]["losses"], moved, strict=True)
+        ]
+    both = compared(best, behind, *others)
+    pair = next(one for one in rank(both["candidates"]).differences if {one.name, one.other} == {"lora-r4", "lora-r16"})
+    assert pair.low > 0 and not pair.significant
+    told = advise(both, {"format": 1, "kind": "said", "d90": 1000, "interval": [800, 1200]})
+    assert line(told, "Rank of lora").startswith("Rank of lora: 16, the largest of 4, 16")
+    assert "lora-r16 trains the fewest numbers" in line(told, "Dimension")
+    assert "lora-r4 would have room too, and fared worse by an interval of its own" in line(told, "Dimension")
+    assert "lora-r4" not in line(told, "Method")

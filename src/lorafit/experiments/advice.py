@@ -52,7 +52,8 @@ def _method(ranking: Ranking, candidates: Mapping[str, Row]) -> list[str]:
     at = candidates[picked["name"]]["rate"]
     rate = "" if at is None else f" at learning rate {at:.3g}"
     seeds = f"{len(picked['seeds'])} seed{'' if len(picked['seeds']) == 1 else 's'}"
-    tied = [place.name for place in ranking.places if place.tied and place.name != picked["name"]]
+    own = next(place for place in ranking.places if place.name == picked["name"])
+    tied = [each.name for each in ranking.places if each.tied and each is not own and not _apart(ranking, own, each)]
     beside = f"; not told apart from {', '.join(tied)}" if tied else ""
     return [
         f"Method: {picked['name']}{rate}. This rests on {ranking.records:,} test records and {seeds}{beside}.",
@@ -96,7 +97,11 @@ def _rank(ranking: Ranking, candidates: Mapping[str, Row]) -> list[str]:
 
 
 def _apart(ranking: Ranking, one: Place, other: Place) -> bool:
-    return any(each.significant and {each.name, each.other} == {one.name, other.name} for each in ranking.differences)
+    """Whether they differ, as far as can be told of these two alone: who is behind so is not picked either."""
+    return any(
+        {each.name, each.other} == {one.name, other.name} and (each.significant or each.low > 0 or each.high < 0)
+        for each in ranking.differences
+    )
 
 
 def _rates(ranking: Ranking, candidates: Mapping[str, Row]) -> list[str]:
@@ -161,8 +166,10 @@ def _dimension(ranking: Ranking, candidates: Mapping[str, Row], dimension: Row) 
             f"{told}No candidate trains that many numbers ({most:,.0f} at most): compare larger ranks before settling."
         ]
     worse = [place.name for place in room if not place.tied]
+    close = [place.name for place in room if place.tied and _apart(ranking, place, ranking.places[0])]
     lone = f"{some(worse)} would have room too, and fared significantly worse: room is not all. " if worse else ""
-    equal = [place for place in room if place.tied]
+    lone += f"{some(close)} would have room too, and fared worse by an interval of its own. " if close else ""
+    equal = [place for place in room if place.tied and place.name not in close]
     if not equal:
         return [told + lone + "d90 is of a random subspace: it bounds no rank."]
     least = min(equal, key=lambda place: place.cost["trainable"] or 0)
