@@ -140,6 +140,8 @@ def test_large_labels_that_lie_close_together_are_told_apart(offset: float, spre
     assert table[:, EXPECTED].tolist() == pytest.approx(values, rel=0, abs=1e-5 * spread)
     error = sum(abs(value - scale.offset) for value in values) / 32
     assert objective.figures(table)["mean_absolute_error"] == pytest.approx(error, rel=1e-5)
+    table[:, PREDICTED] = scale.offset + 1e-4 * (table[:, EXPECTED] - scale.offset)
+    assert objective.figures(table)["pearson"] == pytest.approx(1, abs=1e-3)  # though predictions hardly differ
 
 
 @pytest.mark.parametrize("values", [[0.1] * 3, [0.7] * 48, [0.3, 0.1 + 0.2], [1e-200, -1e-200]])

@@ -201,7 +201,8 @@ class Numbers(Objective):
         return int((batch["labels"] != IGNORED).sum())
 
     def figures(self, table: Tensor) -> dict[str, float]:
-        pairs = table[:, [PREDICTED, EXPECTED]]
+        # Predictions may lie close together far from zero: there their differences would pass for rounding.
+        pairs = table[:, [PREDICTED, EXPECTED]] - self.scale.offset
         return agreement(pairs).figures() if len(pairs) and bool(pairs.isfinite().all()) else {}
 
     def _outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
