@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from lorafit.training.numbers import SCALE
 
 Run = Callable[..., Any]
 
@@ -60,6 +63,19 @@ def test_merge_gives_a_model_whose_outputs_are_labels(
     head = Headed.read(regressed[0] / "adapter")
     assert fresh == [] and head is not None and head.scale is not None
     assert good > head.scale.offset > bad and abs(good - bad) > head.scale.spread
+
+
+def test_labels_too_large_for_the_heads_type_are_not_put_into_it(
+    lorafit: Run, regressed: tuple[Path, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(regressed[0] / "adapter", tmp_path / "times")
+    told = json.loads((tmp_path / "times" / "task.json").read_text())
+    told["scale"]["offset"] = 1.7e9  # seconds of a clock, some of them apart
+    (tmp_path / "times" / "task.json").write_text(json.dumps(told))
+    result = lorafit("merge", "times", "--output-dir", "merged", "--json")
+    assert result.status == 0, result.err
+    assert "labels of 1.7e+09 in the head's type would be 2e+02 apart at least: a label is 1.7e+09 + " in result.err
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())[SCALE]["offset"] == 1.7e9
 
 
 def test_the_card_of_an_export_says_how_it_is_loaded(lorafit: Run, regressed: tuple[Path, Any], tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 """By dtype of the weights: how far logits may move, as a share of the largest logit. The update is rounded into the
 weights, with 24, 11 or 8 bits; many layers add that up."""
+LOST = 0.02
+"""A head gives labels itself where they can be so close together, as a share of their spread."""
 
 
 @dataclass(frozen=True)
@@ -151,20 +153,21 @@ def in_labels(
     scale = described.scale
     if scale is None or scale == scale.kept:
         return plain, adapted
-    parameters = dict(loaded.model.named_parameters())
+    parameters, why = dict(loaded.model.named_parameters()), "the head has no bias to hold the labels' mean"
     for path in head_paths(loaded.model):
         weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")
         if weight is not None and bias is not None and weight.ndim == 2 and weight.shape[0] == 1:
+            lost = torch.finfo(bias.dtype).eps * abs(scale.offset)
+            if lost > LOST * abs(scale.factor):
+                why = f"labels of {scale.offset:.3g} in the head's type would be {lost:.2g} apart at least"
+                break
             with torch.no_grad():
                 weight.mul_(scale.factor)
                 bias.mul_(scale.factor).add_(scale.offset)
             say(f"the head gives labels now: its weights times {scale.factor:.3g}, its bias {scale.offset:+.3g}")
             return scale.label(plain), scale.label(adapted)
     setattr(loaded.model.config, SCALE, scale.as_json())
-    say(
-        f"the head has no bias to hold the labels' mean: a label is {scale.offset:.6g} + {scale.factor:.6g} times the "
-        f"output (config.json: {SCALE})"
-    )
+    say(f"{why}: a label is {scale.offset:.6g} + {scale.factor:.6g} times the output (config.json: {SCALE})")
     return plain, adapted
 
 
