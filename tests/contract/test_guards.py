@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import lorafit as lf
 from lorafit.state import load_state, save_state
+from lorafit.training import ranks
 
 
 class Doubled(nn.Linear):
@@ -200,7 +201,7 @@ def one_process() -> Iterator[None]:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 def compiled() -> nn.Module:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import lorafit as lf
+from lorafit.training import ranks
 
 EPOCHS, STEPS = 4, 3
 
@@ -52,7 +53,7 @@ def main(folder: Path, stop: int) -> None:
     found = {"parameters": [p.detach() for p in handle.parameters()], "losses": [e.mean for e in journal.evaluations]}
     torch.save(found, folder.parent / f"process-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":

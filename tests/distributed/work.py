@@ -26,6 +26,7 @@ import lorafit as lf
 from lorafit.distributed import equalise, is_sharded, shard
 from lorafit.sharded import is_part, share_state, whole, whole_state
 from lorafit.state import load_state, save_state
+from lorafit.training import ranks
 
 STEPS = 8
 KEPT = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
@@ -353,7 +354,7 @@ def main() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":
