@@ -37,13 +37,7 @@ class StableDiffusion3(Family):
 
     def check_training(self) -> None:
         if "shift" not in self.pipe.scheduler.config:
-            raise ConfigError(
-                "the scheduler of this pipeline does not say by which noise it was trained",
-                where="scheduler.config",
-                found=type(self.pipe.scheduler).__name__,
-                expected="one of flow matching with a shift, such as FlowMatchEulerDiscreteScheduler",
-                fix="take a pipeline with one of these; by other noise its transformer would unlearn what it knows",
-            )
+            raise self._unsaid("one of flow matching with a shift, such as FlowMatchEulerDiscreteScheduler")
 
     @property
     def multiple(self) -> int:

@@ -168,6 +168,16 @@ class Family(ABC):
     def check_training(self) -> None:
         """Raises `ConfigError` where the pipeline's scheduler does not say how it was trained; drawing needs none."""
 
+    def _unsaid(self, expected: str) -> ConfigError:
+        """The error for a scheduler from which the noise of the training cannot be told."""
+        return ConfigError(
+            "the scheduler of this pipeline does not say by which noise it was trained",
+            where="scheduler.config",
+            found=type(self.pipe.scheduler).__name__,
+            expected=expected,
+            fix=f"take a pipeline with one of these; by other noise its {self.denoiser} would unlearn what it knows",
+        )
+
     @abstractmethod
     def level(self, shares: Tensor) -> Tensor:
         """How noisy: from numbers that are drawn evenly from [0, 1), (n,), to whole places of the noise schedule."""

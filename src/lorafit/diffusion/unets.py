@@ -31,13 +31,7 @@ class UNet(Family, ABC):
     def check_training(self) -> None:
         config = self.pipe.scheduler.config
         if config.get("trained_betas") is None and "beta_start" not in config:
-            raise ConfigError(
-                "the scheduler of this pipeline does not say by which noise it was trained",
-                where="scheduler.config",
-                found=type(self.pipe.scheduler).__name__,
-                expected="one with a schedule of betas, as DDPM's, DDIM's, Euler's and DPM-Solver's are",
-                fix="take a pipeline with one of these; by other noise its UNet would unlearn what it knows",
-            )
+            raise self._unsaid("one with a schedule of betas, as DDPM's, DDIM's, Euler's and DPM-Solver's are")
         if self.kind not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(
                 "what this pipeline predicts is not known here",
